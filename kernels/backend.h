@@ -1,0 +1,61 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* backend.h - what one device implementation provides.  Private to kernels/.
+ *
+ * device.c chooses a table once, when the device is opened; nothing asks for CPU flags or
+ * a GPU afterwards.  Two kinds stand behind it: cpu_pool.c runs the CPU instruction-set
+ * tables (cpu.h: scalar, avx2, avx512) on worker threads; cuda/ runs kernels on streams.
+ * The functions have the meaning given in device.h and kernel.h and may assume that
+ * kernel.c has checked their arguments.  Every entry is present; a backend that cannot do
+ * something is not finished.
+ */
+#ifndef KV_KERNELS_BACKEND_H
+#define KV_KERNELS_BACKEND_H
+
+#include "kernels/kernel.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+struct kv_backend {
+    const char *name;
+    bool is_host;
+
+    enum kv_status (*open)(const struct kv_device_options *options, struct kv_device **out);
+    void (*close)(struct kv_device *device);
+    enum kv_status (*alloc)(struct kv_device *device, enum kv_memory kind, size_t bytes,
+                            void **out);
+    void (*free)(struct kv_device *device, enum kv_memory kind, void *memory, size_t bytes);
+    enum kv_status (*status)(const struct kv_device *device);
+
+    enum kv_status (*stream_open)(struct kv_device *device, struct kv_stream **out);
+    void (*stream_close)(struct kv_stream *stream);
+    void (*copy)(struct kv_stream *stream, void *target, const void *source, size_t bytes);
+    uint64_t (*mark)(struct kv_stream *stream);
+    bool (*reached)(struct kv_stream *stream, uint64_t ticket);
+    void (*notify)(struct kv_stream *stream, int eventfd);
+
+    void (*ingest)(struct kv_stream *, const struct kv_shape *, uint32_t, const struct kv_ingest *);
+    void (*emit)(struct kv_stream *, const struct kv_shape *, uint32_t, const struct kv_emit *);
+    void (*quantize)(struct kv_stream *, const struct kv_shape *, uint32_t,
+                     const struct kv_quantize *);
+    void (*dequantize)(struct kv_stream *, const struct kv_shape *, uint32_t,
+                       const struct kv_dequantize *);
+    void (*observe)(struct kv_stream *, const struct kv_shape *, uint32_t,
+                    const struct kv_observe *);
+    void (*attend)(struct kv_stream *, const struct kv_shape *, uint32_t,
+                   const struct kv_attend *);
+};
+
+/* The first member of every backend's device and stream. */
+struct kv_device {
+    const struct kv_backend *backend;
+};
+struct kv_stream {
+    const struct kv_backend *backend;
+};
+
+#ifdef __cplusplus
+}
+#endif
+#endif
