@@ -80,7 +80,7 @@ void kv_kernel_emit(struct kv_stream *stream, const struct kv_shape *shape, uint
                     const struct kv_emit *items);
 
 /* Raw page (all 128 tokens, all elements within the limit) -> packed page, kv_page_bytes().
- * energy: device or pinned, float [heads][head_dim], finite and >= 0, or NULL for ones; only
+ * energy: device or pinned, float [heads][head_dim], 0 .. KV_ENERGY_MAX, or NULL for ones; only
  * UNBIASED reads it.  RAW is a copy. */
 struct kv_quantize {
     const void *raw;
@@ -102,7 +102,9 @@ void kv_kernel_dequantize(struct kv_stream *stream, const struct kv_shape *shape
  * With m = mean of q[row][head][c]^2 over the n rows and the query heads of the group:
  *   fewer than 33 rows seen so far and now together, or none before:  mean over all rows seen
  *   else  energy = L energy + (1 - L) m,  L = 0.9^(n / 32)
- * so that 32 rows weigh a tenth.  Non-finite rows are left out. */
+ * so that 32 rows weigh a tenth.  A row with an element that is not finite is left out, of
+ * every head and of the count.  The result is at most KV_ENERGY_MAX.  Computed in binary32 in
+ * any order: backends agree to 1e-5, not to the bit. */
 struct kv_observe {
     const void *query;   /* device or pinned, [rows][heads_q][head_dim] of dtype */
     enum kv_dtype dtype;

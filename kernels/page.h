@@ -84,7 +84,8 @@
  * the same for vectors).  All choices hang on exact integers.
  *
  * Group.  n elements x[i] as binary32 (n = 128 for K: tokens; n = D for V: channels).
- *   low = min, high = max, span = high - low.
+ *   low = min + 0 (so that a minimum of -0 is +0, whichever zero came first), high = max,
+ *   span = high - low.
  *   Constant group: span <= 1e-8.  Scale 0, codes 0, mean = low.
  *   u[i] = rint((x[i] - low) * (2047 / span)), an integer in 0 .. 2047
  *   unit = span / 2047
@@ -108,7 +109,8 @@
  *   stored e4m3 = nearest e4m3fn of s / step, ties to even, at most 448; s' = e4m3 * step
  *
  * K.  energy[c] is the running mean of q[c]^2 over the query rows that attend this KV
- *   head, or 1.  weight[c] = (unit * unit) * energy[c]; a constant group has P = 0.
+ *   head, or 1; at most KV_ENERGY_MAX, which keeps what follows free of NaN.
+ *   weight[c] = (unit * unit) * energy[c]; a constant group has P = 0, unit = 0 and every e 0.
  *   importance[c] = float(P) * weight[c]; slots are channels sorted by falling
  *   importance, ties by rising channel.
  *   error(c, w) = e * weight[c] for w > 0;  float(P) * weight[c] for w = 0
@@ -117,7 +119,7 @@
  *   key_zero = f16(mean - s' * (float(SC) / 128));  width 0: f16(mean)
  *
  * V.  mean[c] = f16(sum / 128), where partial sum j = 0..7 adds tokens j, j + 8, ... in
- *   order, and the eight are added as ((0+1)+(2+3))+((4+5)+(6+7)).  y = v - mean.
+ *   order to +0, and the eight are added as ((0+1)+(2+3))+((4+5)+(6+7)).  y = v - mean.
  *   Rotated: y is replaced by the Walsh-Hadamard transform in binary32: for each aligned
  *   run of N channels, N the largest power of two that divides D, butterflies (a + b, a - b)
  *   at strides 1, 2, 4, .. N/2 in this order, then each times float(1 / sqrt(N)).  R is
@@ -136,8 +138,10 @@
  * KIVI (arXiv 2402.02750, its reference code at commit 876b4d2): in the element type,
  * r(x) = rounded to it (one binary32 operation, then rounded; saturating at the largest
  * finite value),
- *   min = min x;  scale = r(r(max - min) / top);  code = rint(clamp(r(r(x - min) / scale), 0, top))
- * scale = 0: code 0 (the published code divides by zero there).
+ *   min = min x + 0;  scale = r(r(max - min) / top);
+ *   code = rint(clamp(r(r(x - min) / scale), 0, top))
+ * scale = 0: code 0 (the published code divides by zero there).  A minimum of -0 is stored as
+ * +0, because which zero a minimum finds depends on the machine.
  *
  * Published layout, for import and export: 32-bit words, code j of a word in bits
  * [w j, w j + w), 32 / w codes per word:
@@ -154,6 +158,9 @@ extern "C" {
 #endif
 
 enum { KV_PAGE_VERSION = 1, KV_UNITS = 2047, KV_RANGES = 4 };
+
+/* Query energy is 0 .. this; kv_kernel_observe() keeps to it. */
+#define KV_ENERGY_MAX 1e30f
 
 struct kv_page_header {
     uint8_t mix;           /* index into codec.mixes */
@@ -184,7 +191,10 @@ struct kv_page_map kv_page_map(const struct kv_shape *shape);
 /* [any thread] Bytes of a whole page under the shape's codec, RAW included. */
 size_t kv_page_bytes(const struct kv_shape *shape);
 
-/* [any thread] True if the codec's fields obey the rules in kv_types.h for this head_dim. */
+/* [any thread] True if heads, head_dim and dtype are in range and the codec's fields obey the
+ * rules in kv_types.h for this head_dim.  Stricter than needed to compute, because a codec is
+ * hashed into a fingerprint: fields that its kind does not use are zero, and so are the mixes
+ * behind mix_count.  The widths of a mix add up to at least 1; MINMAX groups divide head_dim. */
 bool kv_shape_valid(const struct kv_shape *shape);
 
 /* Sum of the widths of any mix (MINMAX: 4 key_bits): key_codes take 4 D times this. */
