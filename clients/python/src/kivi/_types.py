@@ -87,6 +87,10 @@ class Layout:
             name = str(getattr(text, "dtype", None) or getattr(text, "torch_dtype", None)
                        or "float32").replace("torch.", "")
             dtype = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}.get(name, "f32")
+        if getattr(text, "query_pre_attn_scalar", None):  # Gemma
+            more.setdefault("softmax_scale", text.query_pre_attn_scalar ** -0.5)
+        if getattr(text, "attention_multiplier", None):  # Granite
+            more.setdefault("softmax_scale", text.attention_multiplier)
         more.setdefault("model", getattr(config, "_name_or_path", "") or text.model_type)
         return Layout(
             layers=text.num_hidden_layers,

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quality of the service's codecs on a causal language model.
+
+Teacher forcing on the decode path: the text goes through the model in chunks of 32 tokens whose
+queries, keys and values go to a running kivid and whose attention comes back from it, so every
+token attends to what the service really holds.  The reference is the same model with stock
+attention on an exact cache.
+
+    python -m kivi.eval --target unix:///run/kivid/kivid.sock --model DIR --text FILE
+        [--codecs raw16,kivi2] [--windows 96 --length 2048] [--needle 4096] [--json FILE]
+        [--plot FILE.png]
+
+Columns: bits (a page's true bits per element, metadata counted), held (everything counted at that
+length: sinks, window, metadata), perplexity, its ratio to the reference, KL(reference || codec) in
+nats per token, how often the first choice agrees, and key retrieval.
+
+With --json every finished window is kept in FILE.partial, and a later call goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pathlib
+import sys
+import time
+from typing import Any, Dict, Iterator, List, Tuple
+
+import torch
+
+import kivi
+import kivi.hf
+
+from . import needle
+
+CHUNK = kivi.hf.REMOTE_ROWS_MAX
+CODECS = "raw16,kivi2-paper,kivi4-paper,kivi2.5,kivi2,kivi1.75,kivi1.5"
+NEEDLE_SEED = 5
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m kivi.eval", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", required=True, help="of a running kivid")
+    parser.add_argument("--model", required=True, help="a directory that transformers loads")
+    parser.add_argument("--text", required=True, help="a UTF-8 text file")
+    parser.add_argument("--codecs", default=CODECS, help="comma-separated presets")
+    parser.add_argument("--windows", type=int, default=96)
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a window")
+    parser.add_argument("--needle", type=int, default=0, metavar="TOKENS",
+                        help="length of the key retrieval test; 0: none")
+    parser.add_argument("--questions", type=int, default=256, help="of the key retrieval test")
+    parser.add_argument("--batch", type=int, default=4, help="sequences at a time")
+    parser.add_argument("--window-tokens", type=int, help="exact newest tokens, instead of the preset's")
+    parser.add_argument("--sink-blocks", type=int, default=None, help="exact first blocks, likewise")
+    parser.add_argument("--json", type=pathlib.Path)
+    parser.add_argument("--plot", type=pathlib.Path)
+    return parser.parse_args()
+
+
+class Results:
+    """Sums per codec, in memory and, line by line, in a file that a later call reads back."""
+
+    def __init__(self, path: Any, key: str) -> None:
+        self.sums: Dict[Tuple[str, str], Dict[str, float]] = {}
+        self.done = set()
+        self.key = key
+        self.path = path
+        if path is not None and path.exists():
+            for line in path.read_text().splitlines():
+                entry = json.loads(line)
+                if entry["key"] == key:
+                    self._add(entry)
+
+    def has(self, part: str, index: int, codec: str) -> bool:
+        return (part, index, codec) in self.done
+
+    def add(self, part: str, index: int, codec: str, sums: Dict[str, float]) -> None:
+        entry = {"key": self.key, "part": part, "index": index, "codec": codec, "sums": sums}
+        self._add(entry)
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def _add(self, entry: Dict[str, Any]) -> None:
+        self.done.add((entry["part"], entry["index"], entry["codec"]))
+        total = self.sums.setdefault((entry["part"], entry["codec"]), {})
+        for name, value in entry["sums"].items():
+            total[name] = total.get(name, 0.0) + value
+
+
+class Bench:
+    def __init__(self, args: argparse.Namespace) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        kivi.hf.register()
+        self.args = args
+        self.client = kivi.Client(args.target, timeout=600)
+        self.client.wait_ready()
+        self.tokenizer = AutoTokenizer.from_pretrained(args.model)
+        self.model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+        self.ids = self.tokenizer.encode(pathlib.Path(args.text).read_text(),
+                                         add_special_tokens=False)
+        self.bits: Dict[str, float] = {}
+
+    def reference(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Log-probabilities [length, vocabulary] of each row, from stock attention."""
+        self.model.set_attn_implementation("sdpa")
+        for row in rows:
+            with torch.no_grad():
+                yield self.model(row[None], use_cache=False).logits[0].log_softmax(-1)
+
+    def through_service(self, rows: torch.Tensor, codec: str
+                        ) -> Tuple[torch.Tensor, float]:
+        """(logits [batch, length, vocabulary], bits held per element of K and V)."""
+        self.model.set_attn_implementation("kivi")
+        more: Dict[str, Any] = {}
+        if self.args.window_tokens is not None:
+            more = {"window_tokens": self.args.window_tokens,
+                    "sink_blocks": self.args.sink_blocks or 0}
+        info = self.client.register(kivi.hf.layout_of(self.model.config, dtype="f16", codec=codec,
+                                                      **more))
+        self.bits[codec] = info.bits_per_element
+        stamp = f"eval-{time.time_ns()}"
+        sessions = [self.client.session(f"{stamp}-{i}", info, mode="create")
+                    for i in range(len(rows))]
+        try:
+            cache = kivi.hf.RemoteCache(self.model.config, sessions)
+            logits = []
+            with torch.no_grad():
+                for at in range(0, rows.shape[1], CHUNK):
+                    # Blocks must not be shared between codecs' sessions of one text: ids that
+                    # are not sent make them private.
+                    kivi.hf._seen.ids = None
+                    embedded = self.model.get_input_embeddings()(rows[:, at:at + CHUNK])
+                    kivi.hf._seen.ids = None
+                    logits.append(self.model(inputs_embeds=embedded, past_key_values=cache,
+                                             use_cache=True).logits)
+            held = self.client.describe(sessions[0].name)
+            return torch.cat(logits, 1), 16 * held.bytes_held / max(1, held.bytes_full)
+        finally:
+            for session in sessions:
+                session.close(commit=False)
+                try:
+                    self.client.delete(session.name)
+                except kivi.NotFound:
+                    pass  # never committed: closing it was enough
+
+    def perplexity(self, codecs: List[str], results: Results) -> None:
+        args = self.args
+        windows = min(args.windows, len(self.ids) // args.length)
+        rows = torch.tensor(self.ids[:windows * args.length]).view(-1, args.length)
+        for at in range(0, windows, args.batch):
+            todo = [c for c in codecs if not results.has("text", at, c)]
+            if not todo:
+                continue
+            batch = rows[at:at + args.batch]
+            truth = list(self.reference(batch))
+            if not results.has("text", at, "reference"):
+                nll = sum(-p[:-1].gather(-1, row[1:, None]).sum().item()
+                          for p, row in zip(truth, batch))
+                results.add("text", at, "reference",
+                            {"tokens": batch.numel() - len(batch), "nll": nll})
+            for codec in todo:
+                logits, held = self.through_service(batch, codec)
+                sums = {"tokens": 0.0, "nll": 0.0, "kl": 0.0, "top1": 0.0, "held": held,
+                        "batches": 1.0}
+                for reference, row_logits, row in zip(truth, logits, batch):
+                    p, r = row_logits[:-1].log_softmax(-1), reference[:-1]
+                    sums["tokens"] += len(p)
+                    sums["nll"] -= p.gather(-1, row[1:, None]).sum().item()
+                    sums["kl"] += (r.exp() * (r - p)).sum().item()
+                    sums["top1"] += (p.argmax(-1) == r.argmax(-1)).sum().item()
+                results.add("text", at, codec, sums)
+                progress(f"text {at + len(batch)}/{windows}  {codec}  KL "
+                         f"{sums['kl'] / sums['tokens']:.5f}")
+
+    def retrieval(self, codecs: List[str], results: Results) -> None:
+        args = self.args
+        rows = needle.rows(self.tokenizer, self.ids, -(-args.questions // needle.QUESTIONS),
+                           args.needle, NEEDLE_SEED)
+        for at in range(0, len(rows), args.batch):
+            batch = rows[at:at + args.batch]
+            ids = torch.tensor([row.ids for row in batch])
+            for codec in ["reference", *codecs]:
+                if results.has("needle", at, codec):
+                    continue
+                logits = (list(self.reference(ids)) if codec == "reference"
+                          else self.through_service(ids, codec)[0])
+                right = sum(
+                    bool((lg[first - 1:first - 1 + n].argmax(-1)
+                          == torch.tensor(row.ids[first:first + n])).all())
+                    for lg, row in zip(logits, batch) for first, n in row.answers)
+                results.add("needle", at, codec,
+                            {"right": right, "asked": sum(len(r.answers) for r in batch)})
+                progress(f"needle {at + len(batch)}/{len(rows)}  {codec}  {right}")
+
+
+def progress(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+def table(bench: Bench, codecs: List[str], results: Results) -> List[Dict[str, Any]]:
+    base = results.sums.get(("text", "reference"), {})
+    rows = []
+    for codec in ["reference", *codecs]:
+        text = results.sums.get(("text", codec), {})
+        found = results.sums.get(("needle", codec), {})
+        tokens = text.get("tokens", 0)
+        nll = text["nll"] / tokens if tokens else math.nan
+        is_reference = codec == "reference"
+        rows.append({
+            "codec": codec,
+            "bits": 16.0 if is_reference else round(bench.bits.get(codec, math.nan), 4),
+            "held": 16.0 if is_reference else
+            round(text["held"] / text["batches"], 3) if tokens else None,
+            "perplexity": math.exp(nll) if tokens else None,
+            "ratio": math.exp(nll - base["nll"] / base["tokens"]) if tokens else None,
+            "kl": 0.0 if is_reference else text["kl"] / tokens if tokens else None,
+            "top1": 1.0 if is_reference else text["top1"] / tokens if tokens else None,
+            "needle": found["right"] / found["asked"] if found else None,
+        })
+    return rows
+
+
+def show(rows: List[Dict[str, Any]]) -> None:
+    print(f"{'codec':14s} {'bits':>6s} {'held':>6s} {'perplexity':>11s} {'ratio':>8s} "
+          f"{'KL':>9s} {'top-1':>7s} {'needle':>7s}")
+    for row in rows:
+        cell = lambda name, form, row=row: "-" if row[name] is None else format(row[name], form)
+        print(f"{row['codec']:14s} {cell('bits', '.3f'):>6s} {cell('held', '.2f'):>6s} "
+              f"{cell('perplexity', '.3f'):>11s} {cell('ratio', '.4f'):>8s} "
+              f"{cell('kl', '.6f'):>9s} {cell('top1', '.4f'):>7s} {cell('needle', '.3f'):>7s}")
+
+
+def plot(rows: List[Dict[str, Any]], path: pathlib.Path) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    points = [r for r in rows if r["kl"] and r["codec"] != "reference"]
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.2))
+    for row in points:
+        axes.plot(row["bits"], row["kl"], "o")
+        axes.annotate(row["codec"], (row["bits"], row["kl"]), xytext=(6, 4),
+                      textcoords="offset points")
+    axes.set_yscale("log")
+    axes.set_xlabel("bits per element, metadata counted")
+    axes.set_ylabel("KL to the exact cache, nats per token")
+    axes.grid(True, which="both", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    args = parse()
+    codecs = [c for c in args.codecs.split(",") if c]
+    bench = Bench(args)
+    key = json.dumps([str(args.model), str(args.text), args.length, args.needle, args.batch,
+                      args.window_tokens, args.sink_blocks])
+    partial = args.json.with_suffix(args.json.suffix + ".partial") if args.json else None
+    results = Results(partial, key)
+    for codec in codecs:
+        layout = kivi.hf.layout_of(bench.model.config, dtype="f16", codec=codec)
+        bench.bits[codec] = bench.client.register(layout).bits_per_element
+    if args.windows:
+        bench.perplexity(codecs, results)
+    if args.needle:
+        bench.retrieval(codecs, results)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    rows = table(bench, codecs, results)
+    show(rows)
+    if args.json:
+        args.json.write_text(json.dumps({
+            "model": str(args.model), "text": str(args.text), "length": args.length,
+            "windows": args.windows, "needle": args.needle, "questions": args.questions,
+            "rows": rows}, indent=1) + "\n")
+    if args.plot:
+        plot(rows, args.plot)
+
+
+if __name__ == "__main__":
+    main()
