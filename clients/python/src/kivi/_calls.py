@@ -177,6 +177,15 @@ def put_result(response: Any) -> PutResult:
                      response.bytes_held)
 
 
+def got(shapes: Shapes, response: Any) -> Tuple[int, int, Any, Any]:
+    """(index, layer, k, v) of a Get response, or (index, layer, error, None)."""
+    if response.code:
+        return (response.index, response.layer, from_code(response.code, response.message), None)
+    page = shapes.fetched(kivi_pb2.FetchResponse(layer=response.layer, tokens=BLOCK_TOKENS,
+                                                 data=response.data))
+    return response.index, response.layer, page.k, page.v
+
+
 def lookup_request(info: LayoutInfo, token_ids: Optional[Any], digests: Optional[Iterable[bytes]],
                    salt: bytes, lease: float) -> Any:
     if (token_ids is None) == (digests is None):

@@ -244,13 +244,7 @@ class Client:
         request = kivi_pb2.GetRequest(fingerprint=info.fingerprint, digests=list(digests),
                                       layers=list(layers))
         for response in self._stream(self._kivi.Get, request, timeout):
-            if response.code:
-                error = _calls.from_code(response.code, response.message)
-                yield response.index, response.layer, error, None
-                continue
-            page = shapes.fetched(kivi_pb2.FetchResponse(
-                layer=response.layer, tokens=_calls.BLOCK_TOKENS, data=response.data))
-            yield response.index, response.layer, page.k, page.v
+            yield _calls.got(shapes, response)
 
     # -- the service --------------------------------------------------------------------------
 
