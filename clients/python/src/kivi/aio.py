@@ -209,12 +209,16 @@ class Session:
         self.handle: int = opened.session
         self.info = LayoutInfo._from_wire(opened.info)
         self._shapes = _calls.Shapes(self.info)
-        self.length: int = opened.length
         self.usable: int = opened.usable
         self.created: bool = opened.created
         self.lengths: List[int] = [opened.length] * self.info.layers
         self._attends = _Frames(client._kivi.Attend, client._metadata)
         self._appends = _Frames(client._kivi.Append, client._metadata)
+
+    @property
+    def length(self) -> int:
+        """Tokens that every layer has, as this client knows."""
+        return min(self.lengths)
 
     async def __aenter__(self) -> "Session":
         return self
@@ -236,7 +240,6 @@ class Session:
                                                 query_energy):
             response = await self._appends.exchange(frame, timeout or self._client._timeout)
             self.lengths[layer] = response.length
-            self.length = response.session_length
         return self.lengths[layer]
 
     async def attend(self, layer: int, q: Any, k: Optional[Any] = None, v: Optional[Any] = None,

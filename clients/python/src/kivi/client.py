@@ -4,7 +4,7 @@
 Threads.  A Client may be used by many threads; a Session by one at a time.
 Retries.  Calls that change nothing, or the same thing twice, are retried while the service is
     unavailable (`retries` times, 0.1 s doubling).  Append, Attend and Put are not: a lost answer
-    leaves open whether the tokens arrived; `Session.refresh()` asks.
+    leaves open whether the tokens arrived; `Session.describe()` asks.
 """
 
 from __future__ import annotations
@@ -294,8 +294,7 @@ class Session:
 
     Attributes:
         name, info: its name and layout.
-        length: tokens it held when opened or last refreshed.
-        lengths: tokens per layer as this client knows them.
+        lengths: tokens per layer as this client knows them; `length` is what all have.
         usable: first token that was evicted meanwhile, or `length`.
         created: it did not exist before.
     """
@@ -313,10 +312,14 @@ class Session:
         self.handle: int = response.session
         self.info = LayoutInfo._from_wire(response.info)
         self._shapes = _calls.Shapes(self.info)
-        self.length: int = response.length
         self.usable: int = response.usable
         self.created: bool = response.created
         self.lengths: List[int] = [response.length] * self.info.layers
+
+    @property
+    def length(self) -> int:
+        """Tokens that every layer has, as this client knows."""
+        return min(self.lengths)
 
     def __enter__(self) -> "Session":
         return self
@@ -337,11 +340,9 @@ class Session:
         self._request.mode = kivi_pb2.OpenSessionRequest.OPEN_OR_CREATE
         self._open(timeout)
 
-    def refresh(self, *, timeout: Optional[float] = None) -> SessionInfo:
+    def describe(self, *, timeout: Optional[float] = None) -> SessionInfo:
         """Asks the service what it holds."""
-        info = self._client.describe(self.name, timeout=timeout)
-        self.length = info.length
-        return info
+        return self._client.describe(self.name, timeout=timeout)
 
     def append(self, layer: int, k: Any, v: Any, *, token_ids: Optional[Any] = None,
                query_energy: Optional[Any] = None, expected_length: Optional[int] = None,
@@ -365,7 +366,6 @@ class Session:
                                                 query_energy):
             response = self._appends.exchange(frame, timeout or self._client._timeout)
             self.lengths[layer] = response.length
-            self.length = response.session_length
         return self.lengths[layer]
 
     def attend(self, layer: int, q: Any, k: Optional[Any] = None, v: Optional[Any] = None, *,
