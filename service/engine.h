@@ -139,6 +139,7 @@ struct kv_put { /* PUT, PUT_END */
     bool raw;                        /* in: keep in 16 bits */
     enum kv_durability durability;   /* in (of the block's first page); out: reached */
     bool has_energy;                 /* in: float [heads][head_dim] at energy_offset */
+    uint32_t energy_count;           /* in: how many floats came; the engine checks it */
     uint64_t energy_offset;          /* in */
     /* page data: bytes_in bytes at staging 0 */
     bool complete;                   /* out: this page finished the block (or it existed): the
@@ -196,6 +197,7 @@ struct kv_append { /* APPEND */
     bool has_token_ids;              /* in: u32 [tokens] at token_ids_offset */
     uint64_t token_ids_offset;       /* in */
     bool has_energy;                 /* in: float at energy_offset */
+    uint32_t energy_count;           /* in: how many floats came; the engine checks it */
     uint64_t energy_offset;          /* in */
     uint64_t length, session_length, sealed_tokens; /* out */
     uint32_t blocks_shared;          /* out */
@@ -220,6 +222,7 @@ struct kv_attend_item {
     uint64_t length;                 /* out */
 };
 struct kv_attend_request { /* ATTEND */
+    uint64_t id;                     /* in: the client's, comes back with the answer */
     uint32_t layer;                  /* in */
     uint32_t item_count;             /* in */
     struct kv_attend_item items[KV_ATTEND_ITEMS_MAX];
