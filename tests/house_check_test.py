@@ -7,6 +7,7 @@ one found, by its rule.
 """
 
 import os
+import shutil
 import tempfile
 import unittest
 
@@ -45,6 +46,13 @@ class Planted(unittest.TestCase):
 
     def test_nothing_where_all_is_in_order(self):
         self.assertEqual(self.rules({}), [])
+
+    def test_what_git_ignores_is_not_looked_at(self):
+        planted = {".git/HEAD": "ref: refs/heads/main\n", ".gitignore": "*_pb2.py\n"}
+        planted.update({".git/objects/none": "", ".git/refs/none": ""})
+        planted.update({"clients/a_pb2.py": "made\n", "clients/b.py": "written\n"})
+        if shutil.which("git"):
+            self.assertEqual(self.rules(planted), [("clients/b.py", "licence")])
 
     def test_an_include_of_a_later_room(self):
         self.finds("include", "proto/a.h", SPDX + '#include "kernels/page.h"\n')
