@@ -57,7 +57,7 @@ COMMON_ROOTS = (
 ).split()
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')
-_ABSOLUTE = re.compile(r"(?:(?<=-[IL])|(?<![\w./$})~*\]>-]))/([A-Za-z][\w-]*)/([\w*.{$-]?)")
+_ABSOLUTE = re.compile(r"(?:(?<=-[IL])|(?<![\w./$})~*\]>-]))/([A-Za-z][\w-]*)/([\w.-]*)")
 _RELATIVE = re.compile(r"(?<![\w./$}\"])(?:\.\./)+[\w][\w./-]*")
 
 Finding = collections.namedtuple("Finding", "path line rule text")
@@ -136,7 +136,7 @@ def check_path(path, line, root):
         first, after = match.groups()
         if first not in COMMON_ROOTS:
             yield "/%s/... exists on some machines only" % first
-        elif first == "tmp" and re.match(r"[A-Za-z]", after):
+        elif first == "tmp" and after[:1].isalpha() and "XXXXXX" not in after:
             yield "a fixed name in /tmp: use mktemp, or TEST_TMPDIR in tests"
     for match in _RELATIVE.finditer(line):
         target = os.path.normpath(os.path.join(os.path.dirname(path), match.group()))

@@ -26,6 +26,7 @@ IN_ORDER = {
     "service/engine.c": SPDX + '#include "kernels/page.h"\n#include "storage/store.h"\n',
     "service/rpc.c": SPDX + "#include <grpc/grpc.h>\n#include <protobuf-c/protobuf-c.h>\n",
     "clients/c/kivi.c": SPDX + '#include "proto/kivi/v1/kivi.pb-c.h"\n#include <grpc/grpc.h>\n',
+    "clients/c/kivi_test.c": SPDX + 'mkdtemp("/tmp/kivi-XXXXXX");\n',
     "clients/cli/main.c": SPDX + '#include "clients/c/kivi.h"\n',
     "tests/run": "#!/bin/bash\n# SPDX-License-Identifier: Apache-2.0\n../tests/run\n",
     "tests/data/raw.bin": "no licence here",
