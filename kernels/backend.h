@@ -2,8 +2,9 @@
 /* backend.h - what one device implementation provides.  Private to kernels/.
  *
  * device.c chooses a table once, when the device is opened; nothing asks for CPU flags or
- * a GPU afterwards.  Two kinds stand behind it: cpu_pool.c runs the CPU instruction-set
- * tables (cpu.h: scalar, avx2, avx512) on worker threads; cuda/ runs kernels on streams.
+ * a GPU afterwards.  Two stand behind it: kv_cpu_backend runs the CPU instruction-set
+ * tables (cpu.h: scalar, avx2, avx512) on worker threads; kv_cuda_backend, in cuda/, runs
+ * kernels on streams.
  * The functions have the meaning given in device.h and kernel.h and may assume that
  * kernel.c has checked their arguments.  Every entry is present; a backend that cannot do
  * something is not finished.
@@ -18,7 +19,6 @@ extern "C" {
 #endif
 
 struct kv_backend {
-    const char *name;
     bool is_host;
 
     enum kv_status (*open)(const struct kv_device_options *options, struct kv_device **out);
@@ -47,13 +47,17 @@ struct kv_backend {
                    const struct kv_attend *);
 };
 
-/* The first member of every backend's device and stream. */
+/* The first member of every backend's device and stream; open() and stream_open() fill it in. */
 struct kv_device {
     const struct kv_backend *backend;
+    const char *name; /* what kv_device_name() answers; static */
 };
 struct kv_stream {
     const struct kv_backend *backend;
 };
+
+extern const struct kv_backend kv_cpu_backend;
+extern const struct kv_backend kv_cuda_backend; /* only where KV_HAVE_CUDA is defined */
 
 #ifdef __cplusplus
 }

@@ -61,6 +61,10 @@ struct kv_cpu_isa {
                   size_t count);
 };
 
+/* The fastest table this machine has ("auto") or the one of that name; NULL: no such table
+ * was built.  The caller asks available() before using one by name. */
+const struct kv_cpu_isa *kv_cpu_isa_find(const char *name);
+
 extern const struct kv_cpu_isa kv_cpu_scalar;
 extern const struct kv_cpu_isa kv_cpu_avx2;
 extern const struct kv_cpu_isa kv_cpu_avx512;
