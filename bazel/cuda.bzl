@@ -42,9 +42,8 @@ def _cuda_objects(ctx):
             arguments.add("-gencode=arch=compute_%s,code=sm_%s" % (arch, arch))
         arguments.add("-gencode=arch=compute_%s,code=compute_%s" % (ctx.attr.archs[-1], ctx.attr.archs[-1]))
 
-        # --fmad=false: as -ffp-contract=off in .bazelrc, and for the same reason. A kernel that wants
-        # the fused form calls it by name.
-        arguments.add_all(["-O3", "-std=c++17", "-lineinfo", "--fmad=false"])
+        arguments.add_all(["-O3", "-std=c++17", "-lineinfo"])
+        arguments.add("--fmad=true" if ctx.attr.fmad else "--fmad=false")
         arguments.add_all(["-Xcompiler", "-fPIC,-Wall,-fno-exceptions"])
         arguments.add_all(["-I.", "-I" + ctx.bin_dir.path])
         arguments.add_all(includes, before_each = "-I")
@@ -81,13 +80,14 @@ _cuda_objects_rule = rule(
         "archs": attr.string_list(mandatory = True, allow_empty = False),
         "copts": attr.string_list(),
         "deps": attr.label_list(providers = [CcInfo]),
+        "fmad": attr.bool(),
         "hdrs": attr.label_list(allow_files = [".h", ".cuh"]),
         "nvcc": attr.string(mandatory = True),
         "srcs": attr.label_list(allow_files = [".cu"], mandatory = True),
     },
 )
 
-def cuda_library(name, srcs, hdrs = [], deps = [], archs = None, copts = [], visibility = None):
+def cuda_library(name, srcs, hdrs = [], deps = [], archs = None, fmad = False, copts = [], visibility = None):
     """A cc_library of .cu files, or nothing where nvcc is missing.
 
     Args:
@@ -97,6 +97,8 @@ def cuda_library(name, srcs, hdrs = [], deps = [], archs = None, copts = [], vis
       deps: cc_library targets whose headers the sources include.
       archs: compute capabilities, "80" to "120", oldest first; by default all of
         cuda_configure.bzl that nvcc knows.
+      fmad: whether a*b+c may be fused into one rounding. Not where codes are made, for the reason
+        given at -ffp-contract in .bazelrc; attention is the place to be fast.
       copts: more flags for nvcc.
       visibility: as usual.
     """
@@ -110,6 +112,7 @@ def cuda_library(name, srcs, hdrs = [], deps = [], archs = None, copts = [], vis
         archive = archive,
         archs = archs or CUDA_ARCHS,
         copts = copts,
+        fmad = fmad,
         nvcc = NVCC,
         visibility = ["//visibility:private"],
         deps = deps,
