@@ -1,0 +1,12 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* attend_96.cu - the attention kernels of head_dim 96. */
+#include "kernels/cuda/attend.cuh"
+
+#define INSTANCE(mode, quads, threads, blocks) \
+    { attend<96, mode, quads, threads, blocks>, threads, blocks, 4 * quads }
+
+const struct attend_kernel attend_kernels_96[3][2] = {
+    {INSTANCE(ATTEND_PLAIN, 1, 256, 2), INSTANCE(ATTEND_PLAIN, 2, 256, 1)},
+    {INSTANCE(ATTEND_ROTATED, 1, 256, 2), INSTANCE(ATTEND_ROTATED, 2, 256, 1)},
+    {INSTANCE(ATTEND_MINMAX, 1, 256, 1), INSTANCE(ATTEND_MINMAX, 2, 256, 1)},
+};

@@ -1,0 +1,100 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* cuda.h - the CUDA backend's device and stream, for its own files.
+ *
+ * The CPU side queues kernels and never waits for them: what a kernel has to know that does
+ * not fit its arguments (items, page references) is written into a pinned area and copied
+ * to a device area in the stream's order.  The areas are rings of segments; a segment is
+ * written again when the copies out of it are done.
+ */
+#ifndef KV_KERNELS_CUDA_CUDA_H
+#define KV_KERNELS_CUDA_CUDA_H
+
+#include <pthread.h>
+
+#include <atomic>
+
+#include <cuda_runtime.h>
+
+#include "kernels/backend.h"
+
+enum {
+    UPLOAD_SEGMENTS = 4,
+    /* The largest call: raw pages only, eight units of 16 bytes each, and the items. */
+    UPLOAD_SEGMENT_BYTES = KV_ATTEND_PAGES_MAX * 8 * 16 + (256 << 10),
+    TICKETS = 2 * KV_STREAM_DEPTH, /* a notification takes one as well */
+    BLOCKS_PER_SM_MAX = 8,
+    PART_FLOATS = 8 * (KV_HEAD_DIM_MAX + 2), /* of a block of eight query vectors */
+    COUNTERS = 1 << 16,
+};
+
+struct cuda_device {
+    struct kv_device base;
+    char name[16];
+    int ordinal;
+    uint32_t processors; /* multiprocessors */
+    uint32_t shared_max; /* bytes of shared memory a block may have */
+    std::atomic<bool> failed;
+    pthread_mutex_t lock; /* of the list of allocations */
+    struct cuda_memory *memory;
+};
+
+/* A notification that waits for its ticket. */
+struct cuda_notice {
+    uint64_t ticket;
+    int eventfd;
+};
+
+struct cuda_stream {
+    struct kv_stream base;
+    struct cuda_device *device;
+    cudaStream_t queue;
+
+    cudaEvent_t events[TICKETS]; /* of ticket t: t % TICKETS */
+    uint64_t tickets;            /* given out */
+    std::atomic<uint64_t> reached;
+
+    uint8_t *upload_host;
+    uint8_t *upload_device;
+    uint32_t upload_segment;
+    size_t upload_used;
+    cudaEvent_t upload_done[UPLOAD_SEGMENTS];
+
+    float *parts; /* attend: results of splits */
+    size_t parts_max;
+    unsigned *counters;
+    uint32_t *faults; /* ingest: [item] {smallest, blocks done} */
+
+    pthread_t watcher;
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    struct cuda_notice notices[TICKETS];
+    uint32_t notice_first, notice_count;
+    bool closing;
+};
+
+/* Remembers a failure; every CUDA call's answer comes through here. */
+bool cuda_ok(struct cuda_device *device, cudaError_t error);
+
+/* Room for `bytes` in the pinned area, and where the device will find it. */
+struct cuda_upload {
+    void *host;
+    void *device;
+};
+struct cuda_upload cuda_upload_reserve(struct cuda_stream *stream, size_t bytes);
+/* Queues the copy of what was reserved last. */
+void cuda_upload_send(struct cuda_stream *stream, struct cuda_upload upload, size_t bytes);
+
+/* The verbs, in the files named after them. */
+void cuda_ingest(struct kv_stream *, const struct kv_shape *, uint32_t, const struct kv_ingest *);
+void cuda_emit(struct kv_stream *, const struct kv_shape *, uint32_t, const struct kv_emit *);
+void cuda_quantize(struct kv_stream *, const struct kv_shape *, uint32_t, const struct kv_quantize *);
+void cuda_dequantize(struct kv_stream *, const struct kv_shape *, uint32_t,
+                     const struct kv_dequantize *);
+void cuda_observe(struct kv_stream *, const struct kv_shape *, uint32_t, const struct kv_observe *);
+void cuda_attend(struct kv_stream *, const struct kv_shape *, uint32_t, const struct kv_attend *);
+
+/* Loads the attention kernels and lets them have their shared memory. */
+enum kv_status cuda_attend_open(struct cuda_device *device);
+enum kv_status cuda_quantize_open(struct cuda_device *device);
+
+#endif
