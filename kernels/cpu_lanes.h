@@ -1,0 +1,112 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* cpu_lanes.h - sixteen lanes of 32 bits, on AVX-512 and on AVX2.  Private to kernels/.
+ *
+ * The fast CPU kernels are written once, in these few dozen operations, and compiled once
+ * per instruction set: a value is one 512-bit register, or a pair of 256-bit ones.  So the
+ * two tables cannot disagree about a bit, and AVX2 costs no second set of kernels.
+ *
+ *   vf   16 binary32          vi   16 x i32, or 32 x i16, or 64 x i8, as the operation says
+ *   vm   a truth per 32-bit lane
+ *
+ * Arithmetic rounds once per operation; only v_fma() fuses.  Loads and stores need no
+ * alignment.  KV_LANES_FN(name) gives each compilation its own external names.
+ */
+#ifndef KV_KERNELS_CPU_LANES_H
+#define KV_KERNELS_CPU_LANES_H
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#define KV_LANES_JOIN_(name, isa) kv_##isa##_##name
+#define KV_LANES_JOIN(name, isa) KV_LANES_JOIN_(name, isa)
+#define KV_LANES_FN(name) KV_LANES_JOIN(name, KV_LANES_ISA)
+
+#define KV_INLINE static inline __attribute__((always_inline, unused))
+
+#ifdef __AVX512BW__
+#include "kernels/cpu_lanes_avx512.h"
+#else
+#include "kernels/cpu_lanes_avx2.h"
+#endif
+
+KV_INLINE vf v_abs(vf a) { return v_from_bits(v_and(v_bits(a), v_set_i(0x7fffffff))); }
+
+/* bf16 is the upper half of binary32. */
+KV_INLINE vf v_load_bf16(const uint16_t *from) {
+    return v_from_bits(v_shl(v_load_u16(from), 16));
+}
+
+/* Sixteen elements of a raw page. */
+KV_INLINE vf v_load_half(const uint16_t *from, int bf16) {
+    return bf16 ? v_load_bf16(from) : v_load_f16(from);
+}
+
+/* To the nearest, ties to even, saturating at the largest finite value. */
+KV_INLINE void v_store_half(uint16_t *to, vf a, int bf16) {
+    if (bf16) {
+        vf limit = v_set(0x1.fep+127f);
+        vi bits = v_bits(v_min(v_max(a, v_sub(v_zero(), limit)), limit));
+        vi odd = v_and(v_shr(bits, 16), v_set_i(1));
+        v_store_u16(to, v_shr(v_add_i(bits, v_add_i(odd, v_set_i(0x7fff))), 16));
+    } else {
+        v_store_f16(to, v_min(v_max(a, v_set(-65504.0f)), v_set(65504.0f)));
+    }
+}
+
+/* A raw page's rounding, in binary32. */
+KV_INLINE vf v_round_half(vf a, int bf16) {
+    if (!bf16) return v_round_f16(v_min(v_max(a, v_set(-65504.0f)), v_set(65504.0f)));
+    uint16_t half[16];
+    v_store_half(half, a, 1);
+    return v_load_bf16(half);
+}
+
+/* R of page.h on one row of D channels, in place: the normalised Walsh-Hadamard transform of each
+ * aligned run of N channels, N the largest power of two in D (32 or more). */
+static inline void __attribute__((unused)) lanes_rotate(float *y, uint32_t D, float norm) {
+    uint32_t N = D & (0 - D);
+    for (uint32_t c = 0; c < D; c += 16) {
+        vf x = v_load(y + c);
+        for (int stride = 1; stride < 16; stride *= 2) {
+            vf other = v_partner(x, stride);
+            x = v_select(v_upper(stride), v_sub(other, x), v_add(x, other));
+        }
+        v_store(y + c, x);
+    }
+    for (uint32_t stride = 16; stride < N; stride *= 2)
+        for (uint32_t run = 0; run < D; run += 2 * stride)
+            for (uint32_t c = run; c < run + stride; c += 16) {
+                vf a = v_load(y + c), b = v_load(y + c + stride);
+                v_store(y + c, v_add(a, b));
+                v_store(y + c + stride, v_sub(a, b));
+            }
+    for (uint32_t c = 0; c < D; c += 16) v_store(y + c, v_mul(v_load(y + c), v_set(norm)));
+}
+
+/* Sixteen e4m3 bytes, none of them negative.  Shifted to the place of a binary16's exponent
+ * they are the value times 2^-8, subnormals included. */
+KV_INLINE vf v_load_e4m3(const uint8_t *from) {
+    uint16_t half[16];
+    v_store_u16(half, v_shl(v_load_u8(from), 7));
+    return v_mul(v_load_f16(half), v_set(256.0f));
+}
+
+/* e^x for x <= 0, within 2 units in the last place; below -87 it is 0. */
+KV_INLINE vf v_exp(vf x) {
+    vf floor_x = v_max(x, v_set(-87.0f));
+    vi n = v_round_i(v_mul(floor_x, v_set(0x1.715476p+0f)));
+    vf nf = v_to_f(n);
+    vf r = v_fma(nf, v_set(-0x1.62e400p-1f), floor_x); /* ln 2 in two parts */
+    r = v_fma(nf, v_set(-0x1.7f7d1cp-20f), r);
+    vf p = v_set(0x1.6850e4p-10f);
+    p = v_fma(p, r, v_set(0x1.123bccp-7f));
+    p = v_fma(p, r, v_set(0x1.555b98p-5f));
+    p = v_fma(p, r, v_set(0x1.55548ep-3f));
+    p = v_fma(p, r, v_set(0x1.fffff8p-2f));
+    p = v_fma(p, r, v_set(1.0f));
+    p = v_fma(p, r, v_set(1.0f));
+    vf scale = v_from_bits(v_shl(v_add_i(n, v_set_i(127)), 23));
+    return v_select(v_lt(x, v_set(-87.0f)), v_zero(), v_mul(p, scale));
+}
+
+#endif

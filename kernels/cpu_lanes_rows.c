@@ -1,0 +1,60 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* cpu_lanes_rows.c - elements between types, for AVX-512 and AVX2 (see cpu_lanes.h). */
+#include "kernels/cpu.h"
+#include "kernels/cpu_lanes.h"
+#include "kernels/half.h"
+
+#include <math.h>
+
+size_t KV_LANES_FN(convert)(const void *source, enum kv_dtype from, enum kv_dtype to, float limit, uint16_t *target,
+                            size_t count);
+void KV_LANES_FN(widen)(const void *source, enum kv_dtype from, float factor, float *target, size_t count);
+
+/* Sixteen elements, or the last few, from `i` on. */
+static vf load_some(const void *source, enum kv_dtype from, size_t i, size_t count) {
+    size_t some = count - i < 16 ? count - i : 16;
+    if (from == KV_DTYPE_F32) {
+        float part[16] = {0};
+        if (some == 16) return v_load((const float *)source + i);
+        memcpy(part, (const float *)source + i, some * sizeof(float));
+        return v_load(part);
+    }
+    uint16_t part[16] = {0};
+    if (some == 16) return v_load_half((const uint16_t *)source + i, from == KV_DTYPE_BF16);
+    memcpy(part, (const uint16_t *)source + i, some * sizeof(uint16_t));
+    return v_load_half(part, from == KV_DTYPE_BF16);
+}
+
+size_t KV_LANES_FN(convert)(const void *source, enum kv_dtype from, enum kv_dtype to, float limit, uint16_t *target,
+                            size_t count) {
+    int bf16 = to == KV_DTYPE_BF16;
+    float largest = bf16 ? 0x1.fep+127f : 65504.0f; /* infinity is above every limit, NaN below none */
+    vf most = v_set(limit < largest ? limit : largest);
+    for (size_t i = 0; i < count; i += 16) {
+        size_t some = count - i < 16 ? count - i : 16;
+        uint16_t half[16];
+        if (from == to) {
+            memcpy(half, (const uint16_t *)source + i, some * sizeof(uint16_t));
+            memset(half + some, 0, (16 - some) * sizeof(uint16_t));
+        } else if (bf16) {
+            float part[16];
+            v_store(part, load_some(source, from, i, count));
+            for (int j = 0; j < 16; j++) half[j] = kv_bf16_of_f32(part[j]);
+        } else {
+            v_store_f16(half, load_some(source, from, i, count));
+        }
+        memcpy(target + i, half, some * sizeof(uint16_t));
+        uint32_t good = v_truths(v_le(v_abs(v_load_half(half, bf16)), most));
+        if (good != 0xffff) return i + (size_t)__builtin_ctz(~good);
+    }
+    return count;
+}
+
+void KV_LANES_FN(widen)(const void *source, enum kv_dtype from, float factor, float *target, size_t count) {
+    size_t i = 0;
+    for (; i + 16 <= count; i += 16) v_store(target + i, v_mul(load_some(source, from, i, count), v_set(factor)));
+    if (i == count) return;
+    float part[16];
+    v_store(part, v_mul(load_some(source, from, i, count), v_set(factor)));
+    memcpy(target + i, part, (count - i) * sizeof(float));
+}
