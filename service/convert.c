@@ -158,7 +158,8 @@ static enum kv_status stage(struct kv_request *request, size_t *used, const void
 
 /* The payload, to the front of staging. */
 static enum kv_status stage_data(struct kv_inbound *in, struct kv_request *request, size_t *used) {
-    if (in->wire.data_bytes > request->staging_bytes / 3)
+    /* engine.h: a staging buffer is three of the largest payloads, and 64 KiB. */
+    if (in->wire.data_bytes > (request->staging_bytes - (64 << 10)) / 3)
         return refuse(request, "data", "%zu bytes are more than this service takes",
                       in->wire.data_bytes);
     kv_wire_gather(&in->wire, request->staging);

@@ -71,7 +71,9 @@ void kv_encode_session(const struct kv_session_info *info, kv_room *room, void *
 /* The gRPC code of a status (0 .. 16), as kv_types.h says. */
 uint32_t kv_status_code(enum kv_status status);
 
-/* Writes "field: message" or just the message, as the contract wants it. */
-void kv_status_text(const struct kv_request *request, char *out, size_t size);
+/* Writes "field: message", or without a field just the message, as the contract wants it.  An
+ * empty message is replaced by what the status means. */
+void kv_status_text(enum kv_status status, const char *field, const char *message, char *out,
+                    size_t size);
 
 #endif

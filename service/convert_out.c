@@ -35,8 +35,8 @@ uint32_t kv_status_code(enum kv_status status) {
     return 2; /* UNKNOWN: not one of ours */
 }
 
-static void status_text(enum kv_status status, const char *field, const char *message, char *out,
-                        size_t size) {
+void kv_status_text(enum kv_status status, const char *field, const char *message, char *out,
+                    size_t size) {
     static const char *const words[] = {
         "",
         "there is none of this name",
@@ -55,10 +55,6 @@ static void status_text(enum kv_status status, const char *field, const char *me
     static_assert(sizeof words / sizeof words[0] == KV_UNSUPPORTED + 1, "one a status");
     if (!message[0]) message = words[status];
     snprintf(out, size, "%s%s%s", field, field[0] ? ": " : "", message);
-}
-
-void kv_status_text(const struct kv_request *request, char *out, size_t size) {
-    status_text(request->status, request->field, request->message, out, size);
 }
 
 /* ---- Packing ----------------------------------------------------------------------------------- */
@@ -294,7 +290,8 @@ void kv_encode_put(const struct kv_request *request, kv_room *room, void *contex
         message.bytes_held = request->put.bytes_held;
     } else {
         message.code = kv_status_code(request->status);
-        kv_status_text(request, sentence, sizeof sentence);
+        kv_status_text(request->status, request->field, request->message, sentence,
+                       sizeof sentence);
         message.message = sentence;
     }
     pack(&message.base, 0, room, context);
@@ -309,7 +306,8 @@ void kv_encode_get(const struct kv_request *request, uint32_t index, kv_room *ro
         message.form = (Kivi__V1__Form)request->get.form;
     } else {
         message.code = kv_status_code(request->status);
-        kv_status_text(request, sentence, sizeof sentence);
+        kv_status_text(request->status, request->field, request->message, sentence,
+                       sizeof sentence);
         message.message = sentence;
     }
     pack(&message.base, request->status == KV_OK ? request->reply_bytes : 0, room, context);
@@ -338,7 +336,7 @@ void kv_encode_attend(const struct kv_request *request, kv_room *room, void *con
         items[i].length = from->length;
         if (from->status == KV_OK) continue;
         items[i].code = kv_status_code(from->status);
-        status_text(from->status, from->field, from->message, sentences[i], SENTENCE_MAX);
+        kv_status_text(from->status, from->field, from->message, sentences[i], SENTENCE_MAX);
         items[i].message = sentences[i];
     }
     message.id = request->attend.id;
