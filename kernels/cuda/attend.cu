@@ -79,7 +79,8 @@ struct attend_launch attend_prepare(const struct attend_limits *limits, const st
     for (uint32_t i = 0; i < count; i++)
         vectors_most = std::max(vectors_most, items[i].rows * (items[i].heads_q / shape->heads));
     const uint32_t mode = minmax ? ATTEND_MINMAX : codec->value_rotated ? ATTEND_ROTATED : ATTEND_PLAIN;
-    const struct attend_kernel *kernel = &kernels_of(D)[mode][vectors_most > 4];
+    const struct attend_kernel *kernel =
+        limits->kernel != NULL ? limits->kernel : &kernels_of(D)[mode][vectors_most > 4];
     launch.kernel = kernel;
 
     /* As many stages as fit beside the other blocks of a multiprocessor, three at most. */
@@ -200,7 +201,7 @@ cudaError_t attend_start(const struct attend_launch *launch, cudaStream_t queue)
 void cuda_attend(struct kv_stream *base, const struct kv_shape *shape, uint32_t count,
                  const struct kv_attend *items) {
     struct cuda_stream *stream = (struct cuda_stream *)base;
-    const struct attend_limits limits = {stream->device->processors, stream->device->shared_max, 0, 0, stream->parts_max};
+    const struct attend_limits limits = {stream->device->processors, stream->device->shared_max, 0, 0, stream->parts_max, NULL};
     size_t bytes = count * sizeof(struct attend_item) + 64;
     for (uint32_t i = 0; i < count; i++)
         bytes += items[i].rows * sizeof(uint32_t) + (size_t)items[i].page_count * 8 * sizeof(struct attend_unit);

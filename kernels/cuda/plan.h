@@ -12,6 +12,7 @@ struct attend_limits {
     uint32_t slots;      /* blocks that run at once; 0: as the kernel was tuned */
     uint32_t stages;     /* most stages of a warp; 0: as many as fit */
     size_t parts_max;    /* partial results there is room for */
+    const struct attend_kernel *kernel; /* NULL: the one that fits shape and rows */
 };
 
 struct attend_launch {
