@@ -20,8 +20,9 @@
  * A block that moves is never nowhere: its arena copy is given up only after its write has
  * completed, and it is RESIDENT again only after every byte read back has been verified.  When
  * memory is needed the coldest unpinned block that is on disk gives up its copy; without a disk
- * it is dropped.  When the disk is full the oldest segment goes, with its unpinned blocks
- * (records of class KEEP and pinned ones are carried forward).  All of this is counted.
+ * it is dropped (but for class KEEP).  When the disk is full the oldest segment goes, with its
+ * blocks; carried forward are class KEEP, pinned and protected blocks, and, within limits, blocks
+ * that were used since they were written.  All of this is counted.
  *
  * Threads.   One: the thread that called kv_store_open().  Every call checks.
  * Progress.  Calls return at once.  Callbacks run inside kv_store_poll() and nowhere else, so
@@ -102,14 +103,18 @@ enum kv_status kv_store_reserve(struct kv_store *store, const struct kv_digest *
 void kv_store_commit(struct kv_store *store, const struct kv_slot *slot, bool pinned);
 void kv_store_abandon(struct kv_store *store, const struct kv_slot *slot);
 
-/* Calls back when the block has reached `durability`.  KV_OK; KV_NOT_FOUND: dropped meanwhile;
- * KV_IO_ERROR: its write or its fdatasync failed (it stays RESIDENT as VOLATILE, and a new
- * write to another segment is tried once); KV_UNAVAILABLE: there is no disk. */
+/* Calls back when the block has reached `durability`.  KV_OK; KV_NOT_FOUND: absent, or dropped
+ * meanwhile; KV_IO_ERROR: its write or its fdatasync failed, or the disk is full of what must stay
+ * (it remains RESIDENT as VOLATILE; a new write to another segment is tried at once, and later ones
+ * with growing pauses); KV_UNAVAILABLE: there is no disk. */
 struct kv_sync {
     struct kv_digest key;          /* in */
     enum kv_durability durability; /* in: KV_WRITTEN or KV_SYNCED */
     void (*on_done)(struct kv_sync *sync, enum kv_status status);
     void *owner;                   /* the caller's */
+
+    enum kv_status status_private;
+    uint64_t number_private;
     struct kv_sync *next_private;
 };
 void kv_store_sync(struct kv_store *store, struct kv_sync *sync);
@@ -135,7 +140,7 @@ struct kv_pin {
     uint32_t from_disk;           /* out: how many had to be read */
     bool cold[KV_PIN_MAX];        /* out: which */
 
-    uint32_t missing_private;
+    uint32_t ready_private, issued_private, reading_private;
     enum kv_status status_private;
     uint32_t *entries_private;    /* in: [count], the pin's own notes */
     struct kv_pin *next_private;
@@ -171,7 +176,9 @@ bool kv_store_find(struct kv_store *store, const struct kv_digest *key, struct k
 bool kv_store_protect(struct kv_store *store, const struct kv_digest *key, uint64_t until_us);
 
 /* Forgets a block, durably: a tombstone is logged for what is on disk; kv_store_sync() on the
- * key then waits for the tombstone.  KV_NOT_FOUND: absent.  KV_BUSY: pinned or FILLING. */
+ * key, called before the next poll, waits for the tombstone, and answers KV_NOT_FOUND when there is
+ * none because nothing was ever written.  KV_NOT_FOUND: absent.  KV_BUSY: pinned, FILLING or being
+ * restored, or too many tombstones are on their way. */
 enum kv_status kv_store_drop(struct kv_store *store, const struct kv_digest *key);
 
 /* Calls `visit` for every block of a class, in no order; used once after open, to find
@@ -196,7 +203,7 @@ const struct kv_store_stats *kv_store_stats(const struct kv_store *store);
 
 /* "io_uring", "threads" or "none". */
 const char *kv_store_io_engine(const struct kv_store *store);
-/* Why io_uring is not used, or "". */
+/* Why io_uring or O_DIRECT is not used, or "". */
 const char *kv_store_io_reason(const struct kv_store *store);
 
 /* ---- Memory for others ----------------------------------------------------------------- */
