@@ -94,7 +94,7 @@ struct stream {
 
     grpc_byte_buffer *incoming;
     bool receive_busy;
-    bool receive_over;      /* no message will come any more */
+    bool receive_over;      /* the last batch brought no message: none will come */
     grpc_byte_buffer *taken; /* what `message` points into */
     grpc_byte_buffer_reader reader; /* of taken, open while it lives */
     struct wire_message message;
@@ -566,7 +566,7 @@ int stream_finish(struct stream *stream, uint64_t deadline_us, struct kivi_error
 bool stream_ready(struct stream *stream) {
     while (stream_pump(stream, 0))
         ;
-    return stream->incoming || stream->over;
+    return !stream->receive_busy;
 }
 
 /* Takes the message that has arrived apart.  Its slices stay where they are. */
@@ -597,7 +597,8 @@ static bool message_take(struct stream *stream) {
 int stream_receive(struct stream *stream, const struct wire_message **message,
                    uint64_t deadline_us, struct kivi_error *error) {
     taken_release(stream);
-    while (!stream->incoming && !stream->receive_over) stream_wait(stream, deadline_us);
+    /* `incoming` is gRPC's until the event of its batch was seen. */
+    while (stream->receive_busy) stream_wait(stream, deadline_us);
     if (!stream->incoming) {
         *message = NULL;
         return stream_status(stream, deadline_us, error);

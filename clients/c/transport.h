@@ -79,7 +79,7 @@ int stream_finish(struct stream *stream, uint64_t deadline_us, struct kivi_error
 int stream_receive(struct stream *stream, const struct wire_message **message,
                    uint64_t deadline_us, struct kivi_error *error);
 
-/* True if a message or the stream's end is there already. */
+/* True if stream_receive() would not wait for a message. */
 bool stream_ready(struct stream *stream);
 
 /* Waits until gRPC has let go of all payloads. */
