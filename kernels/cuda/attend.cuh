@@ -209,8 +209,9 @@ template <int D, int MODE, int NQ> struct worker {
      * page's sums, relative to its own largest, count. */
     KV_DEVICE float advance(int q, float page_largest) {
         float next = fmaxf(largest[q], page_largest);
-        if (next == -INFINITY) return 0;
-        float shrink = exp2_fast(largest[q] - next);
+        /* A row that has seen nothing yet: the lanes of the warp differ, the code may not. */
+        const float base = next == -INFINITY ? 0 : next;
+        float shrink = largest[q] == next ? 1.0f : exp2_fast(largest[q] - base);
         if (__any_sync(ALL, shrink != 1.0f)) {
             sum[q] *= shrink, zero[q] *= shrink;
 #pragma unroll
@@ -222,7 +223,7 @@ template <int D, int MODE, int NQ> struct worker {
                 }
         }
         largest[q] = next;
-        return exp2_fast(page_largest - next);
+        return exp2_fast(page_largest - base);
     }
 
     KV_DEVICE static float over_rows(float x) {
