@@ -5,23 +5,24 @@
 size_t kv_avx2_convert(const void *, enum kv_dtype, enum kv_dtype, float, uint16_t *, size_t);
 void kv_avx2_widen(const void *, enum kv_dtype, float, float *, size_t);
 void kv_avx2_attend(const struct kv_cpu_attend *);
-void kv_avx2_quantize(const struct kv_shape *, const struct kv_page_map *, const uint16_t *, const uint16_t *,
-                        const float *, uint8_t *, void *);
-void kv_avx2_dequantize(const struct kv_shape *, const struct kv_page_map *, const uint8_t *, uint16_t *,
-                          uint16_t *, void *);
+void kv_avx2_quantize(const struct kv_shape *, const struct kv_page_map *, const uint16_t *,
+                      const uint16_t *, const float *, uint8_t *, void *);
+void kv_avx2_dequantize(const struct kv_shape *, const struct kv_page_map *, const uint8_t *,
+                        uint16_t *, uint16_t *, void *);
 
 /* What BUILD's flags let the compiler use in those files.  The builtins also ask whether the operating
  * system saves the registers. */
 static bool available(void) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
+           __builtin_cpu_supports("fma");
 }
 
 const struct kv_cpu_isa kv_cpu_avx2 = {
-    .name = "avx2",
-    .available = available,
-    .quantize = kv_avx2_quantize,
+    .name       = "avx2",
+    .available  = available,
+    .quantize   = kv_avx2_quantize,
     .dequantize = kv_avx2_dequantize,
-    .attend = kv_avx2_attend,
-    .convert = kv_avx2_convert,
-    .widen = kv_avx2_widen,
+    .attend     = kv_avx2_attend,
+    .convert    = kv_avx2_convert,
+    .widen      = kv_avx2_widen,
 };

@@ -5,10 +5,10 @@
 size_t kv_avx512_convert(const void *, enum kv_dtype, enum kv_dtype, float, uint16_t *, size_t);
 void kv_avx512_widen(const void *, enum kv_dtype, float, float *, size_t);
 void kv_avx512_attend(const struct kv_cpu_attend *);
-void kv_avx512_quantize(const struct kv_shape *, const struct kv_page_map *, const uint16_t *, const uint16_t *,
-                        const float *, uint8_t *, void *);
-void kv_avx512_dequantize(const struct kv_shape *, const struct kv_page_map *, const uint8_t *, uint16_t *,
-                          uint16_t *, void *);
+void kv_avx512_quantize(const struct kv_shape *, const struct kv_page_map *, const uint16_t *,
+                        const uint16_t *, const float *, uint8_t *, void *);
+void kv_avx512_dequantize(const struct kv_shape *, const struct kv_page_map *, const uint8_t *,
+                          uint16_t *, uint16_t *, void *);
 
 /* What BUILD's flags let the compiler use in those files.  The builtins also ask whether the operating
  * system saves the registers. */
@@ -20,11 +20,11 @@ static bool available(void) {
 }
 
 const struct kv_cpu_isa kv_cpu_avx512 = {
-    .name = "avx512",
-    .available = available,
-    .quantize = kv_avx512_quantize,
+    .name       = "avx512",
+    .available  = available,
+    .quantize   = kv_avx512_quantize,
     .dequantize = kv_avx512_dequantize,
-    .attend = kv_avx512_attend,
-    .convert = kv_avx512_convert,
-    .widen = kv_avx512_widen,
+    .attend     = kv_avx512_attend,
+    .convert    = kv_avx512_convert,
+    .widen      = kv_avx512_widen,
 };

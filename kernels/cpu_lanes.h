@@ -18,8 +18,8 @@
 #include <stdint.h>
 
 #define KV_LANES_JOIN_(name, isa) kv_##isa##_##name
-#define KV_LANES_JOIN(name, isa) KV_LANES_JOIN_(name, isa)
-#define KV_LANES_FN(name) KV_LANES_JOIN(name, KV_LANES_ISA)
+#define KV_LANES_JOIN(name, isa)  KV_LANES_JOIN_(name, isa)
+#define KV_LANES_FN(name)         KV_LANES_JOIN(name, KV_LANES_ISA)
 
 #define KV_INLINE static inline __attribute__((always_inline, unused))
 
@@ -29,7 +29,9 @@
 #include "kernels/cpu_lanes_avx2.h"
 #endif
 
-KV_INLINE vf v_abs(vf a) { return v_from_bits(v_and(v_bits(a), v_set_i(0x7fffffff))); }
+KV_INLINE vf v_abs(vf a) {
+    return v_from_bits(v_and(v_bits(a), v_set_i(0x7fffffff)));
+}
 
 /* bf16 is the upper half of binary32. */
 KV_INLINE vf v_load_bf16(const uint16_t *from) {
@@ -45,8 +47,8 @@ KV_INLINE vf v_load_half(const uint16_t *from, int bf16) {
 KV_INLINE void v_store_half(uint16_t *to, vf a, int bf16) {
     if (bf16) {
         vf limit = v_set(0x1.fep+127f);
-        vi bits = v_bits(v_min(v_max(a, v_sub(v_zero(), limit)), limit));
-        vi odd = v_and(v_shr(bits, 16), v_set_i(1));
+        vi bits  = v_bits(v_min(v_max(a, v_sub(v_zero(), limit)), limit));
+        vi odd   = v_and(v_shr(bits, 16), v_set_i(1));
         v_store_u16(to, v_shr(v_add_i(bits, v_add_i(odd, v_set_i(0x7fff))), 16));
     } else {
         v_store_f16(to, v_min(v_max(a, v_set(-65504.0f)), v_set(65504.0f)));
@@ -69,7 +71,7 @@ static inline void __attribute__((unused)) lanes_rotate(float *y, uint32_t D, fl
         vf x = v_load(y + c);
         for (int stride = 1; stride < 16; stride *= 2) {
             vf other = v_partner(x, stride);
-            x = v_select(v_upper(stride), v_sub(other, x), v_add(x, other));
+            x        = v_select(v_upper(stride), v_sub(other, x), v_add(x, other));
         }
         v_store(y + c, x);
     }
@@ -80,7 +82,8 @@ static inline void __attribute__((unused)) lanes_rotate(float *y, uint32_t D, fl
                 v_store(y + c, v_add(a, b));
                 v_store(y + c + stride, v_sub(a, b));
             }
-    for (uint32_t c = 0; c < D; c += 16) v_store(y + c, v_mul(v_load(y + c), v_set(norm)));
+    for (uint32_t c = 0; c < D; c += 16)
+        v_store(y + c, v_mul(v_load(y + c), v_set(norm)));
 }
 
 /* Sixteen e4m3 bytes, none of them negative.  Shifted to the place of a binary16's exponent
@@ -94,18 +97,18 @@ KV_INLINE vf v_load_e4m3(const uint8_t *from) {
 /* e^x for x <= 0, within 2 units in the last place; below -87 it is 0. */
 KV_INLINE vf v_exp(vf x) {
     vf floor_x = v_max(x, v_set(-87.0f));
-    vi n = v_round_i(v_mul(floor_x, v_set(0x1.715476p+0f)));
-    vf nf = v_to_f(n);
-    vf r = v_fma(nf, v_set(-0x1.62e400p-1f), floor_x); /* ln 2 in two parts */
-    r = v_fma(nf, v_set(-0x1.7f7d1cp-20f), r);
-    vf p = v_set(0x1.6850e4p-10f);
-    p = v_fma(p, r, v_set(0x1.123bccp-7f));
-    p = v_fma(p, r, v_set(0x1.555b98p-5f));
-    p = v_fma(p, r, v_set(0x1.55548ep-3f));
-    p = v_fma(p, r, v_set(0x1.fffff8p-2f));
-    p = v_fma(p, r, v_set(1.0f));
-    p = v_fma(p, r, v_set(1.0f));
-    vf scale = v_from_bits(v_shl(v_add_i(n, v_set_i(127)), 23));
+    vi n       = v_round_i(v_mul(floor_x, v_set(0x1.715476p+0f)));
+    vf nf      = v_to_f(n);
+    vf r       = v_fma(nf, v_set(-0x1.62e400p-1f), floor_x); /* ln 2 in two parts */
+    r          = v_fma(nf, v_set(-0x1.7f7d1cp-20f), r);
+    vf p       = v_set(0x1.6850e4p-10f);
+    p          = v_fma(p, r, v_set(0x1.123bccp-7f));
+    p          = v_fma(p, r, v_set(0x1.555b98p-5f));
+    p          = v_fma(p, r, v_set(0x1.55548ep-3f));
+    p          = v_fma(p, r, v_set(0x1.fffff8p-2f));
+    p          = v_fma(p, r, v_set(1.0f));
+    p          = v_fma(p, r, v_set(1.0f));
+    vf scale   = v_from_bits(v_shl(v_add_i(n, v_set_i(127)), 23));
     return v_select(v_lt(x, v_set(-87.0f)), v_zero(), v_mul(p, scale));
 }
 

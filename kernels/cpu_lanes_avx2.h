@@ -6,26 +6,40 @@
 
 #include <string.h>
 
-typedef struct { __m256 a, b; } vf;
-typedef struct { __m256i a, b; } vi;
+typedef struct {
+    __m256 a, b;
+} vf;
+typedef struct {
+    __m256i a, b;
+} vi;
 typedef vi vm; /* lanes of all ones or all zeros */
 
 /* Candidates searched at once: three sums of two registers each leave room for no more of sixteen. */
 enum { KV_LANES_RANGES = 1 };
 
-#define KV_F2(name, op) \
-    KV_INLINE vf name(vf x, vf y) { return (vf){op(x.a, y.a), op(x.b, y.b)}; }
-#define KV_I2(name, op) \
-    KV_INLINE vi name(vi x, vi y) { return (vi){op(x.a, y.a), op(x.b, y.b)}; }
-#define KV_COMPARE(name, how)                                                          \
-    KV_INLINE vm name(vf x, vf y) {                                                    \
-        return (vm){_mm256_castps_si256(_mm256_cmp_ps(x.a, y.a, how)),                 \
-                    _mm256_castps_si256(_mm256_cmp_ps(x.b, y.b, how))};                \
+#define KV_F2(name, op)                          \
+    KV_INLINE vf name(vf x, vf y) {              \
+        return (vf){op(x.a, y.a), op(x.b, y.b)}; \
+    }
+#define KV_I2(name, op)                          \
+    KV_INLINE vi name(vi x, vi y) {              \
+        return (vi){op(x.a, y.a), op(x.b, y.b)}; \
+    }
+#define KV_COMPARE(name, how)                                           \
+    KV_INLINE vm name(vf x, vf y) {                                     \
+        return (vm){_mm256_castps_si256(_mm256_cmp_ps(x.a, y.a, how)),  \
+                    _mm256_castps_si256(_mm256_cmp_ps(x.b, y.b, how))}; \
     }
 
-KV_INLINE vf v_zero(void) { return (vf){_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-KV_INLINE vf v_set(float x) { return (vf){_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-KV_INLINE vf v_load(const float *from) { return (vf){_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
+KV_INLINE vf v_zero(void) {
+    return (vf){_mm256_setzero_ps(), _mm256_setzero_ps()};
+}
+KV_INLINE vf v_set(float x) {
+    return (vf){_mm256_set1_ps(x), _mm256_set1_ps(x)};
+}
+KV_INLINE vf v_load(const float *from) {
+    return (vf){_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)};
+}
 KV_INLINE void v_store(float *to, vf x) {
     _mm256_storeu_ps(to, x.a);
     _mm256_storeu_ps(to + 8, x.b);
@@ -39,22 +53,32 @@ KV_F2(v_max, _mm256_max_ps)
 KV_COMPARE(v_lt, _CMP_LT_OQ)
 KV_COMPARE(v_le, _CMP_LE_OQ)
 KV_COMPARE(v_eq, _CMP_EQ_OQ)
-KV_INLINE vf v_fma(vf x, vf y, vf z) { return (vf){_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
-KV_INLINE vi v_round_i(vf x) { return (vi){_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
-KV_INLINE vf v_to_f(vi x) { return (vf){_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
-KV_INLINE vi v_bits(vf x) { return (vi){_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
-KV_INLINE vf v_from_bits(vi x) { return (vf){_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)}; }
+KV_INLINE vf v_fma(vf x, vf y, vf z) {
+    return (vf){_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
+KV_INLINE vi v_round_i(vf x) {
+    return (vi){_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)};
+}
+KV_INLINE vf v_to_f(vi x) {
+    return (vf){_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)};
+}
+KV_INLINE vi v_bits(vf x) {
+    return (vi){_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)};
+}
+KV_INLINE vf v_from_bits(vi x) {
+    return (vf){_mm256_castsi256_ps(x.a), _mm256_castsi256_ps(x.b)};
+}
 
 KV_INLINE float v_sum(vf x) {
     __m256 s = _mm256_add_ps(x.a, x.b);
     __m128 t = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
-    t = _mm_add_ps(t, _mm_movehl_ps(t, t));
+    t        = _mm_add_ps(t, _mm_movehl_ps(t, t));
     return _mm_cvtss_f32(_mm_add_ss(t, _mm_movehdup_ps(t)));
 }
 KV_INLINE float v_greatest(vf x) {
     __m256 s = _mm256_max_ps(x.a, x.b);
     __m128 t = _mm_max_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
-    t = _mm_max_ps(t, _mm_movehl_ps(t, t));
+    t        = _mm_max_ps(t, _mm_movehl_ps(t, t));
     return _mm_cvtss_f32(_mm_max_ss(t, _mm_movehdup_ps(t)));
 }
 
@@ -62,11 +86,18 @@ KV_I2(v_gt_i, _mm256_cmpgt_epi32)
 KV_I2(v_both, _mm256_and_si256)
 KV_I2(v_either, _mm256_or_si256)
 KV_INLINE vi v_lanes(void) {
-    return (vi){_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15)};
+    return (vi){_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7),
+                _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15)};
 }
-KV_INLINE vi v_set_i(int32_t x) { return (vi){_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
-KV_INLINE vm v_first(uint32_t count) { return v_gt_i(v_set_i((int32_t)(count < 16 ? count : 16)), v_lanes()); }
-KV_INLINE vm v_later(uint32_t lane) { return v_gt_i(v_lanes(), v_set_i((int32_t)lane)); } /* lanes after that one */
+KV_INLINE vi v_set_i(int32_t x) {
+    return (vi){_mm256_set1_epi32(x), _mm256_set1_epi32(x)};
+}
+KV_INLINE vm v_first(uint32_t count) {
+    return v_gt_i(v_set_i((int32_t)(count < 16 ? count : 16)), v_lanes());
+}
+KV_INLINE vm v_later(uint32_t lane) {
+    return v_gt_i(v_lanes(), v_set_i((int32_t)lane));
+} /* lanes after that one */
 KV_INLINE vf v_select(vm m, vf yes, vf no) {
     return (vf){_mm256_blendv_ps(no.a, yes.a, _mm256_castsi256_ps(m.a)),
                 _mm256_blendv_ps(no.b, yes.b, _mm256_castsi256_ps(m.b))};
@@ -79,7 +110,9 @@ KV_INLINE uint32_t v_truths(vm m) {
            (uint32_t)_mm256_movemask_ps(_mm256_castsi256_ps(m.b)) << 8;
 }
 
-KV_INLINE vi v_zero_i(void) { return (vi){_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+KV_INLINE vi v_zero_i(void) {
+    return (vi){_mm256_setzero_si256(), _mm256_setzero_si256()};
+}
 KV_INLINE vi v_load_i(const void *from) {
     return (vi){_mm256_loadu_si256(from), _mm256_loadu_si256((const __m256i *)from + 1)};
 }
@@ -100,10 +133,14 @@ KV_INLINE vi v_shr(vi x, unsigned n) {
     __m128i by = _mm_cvtsi32_si128((int)n);
     return (vi){_mm256_srl_epi32(x.a, by), _mm256_srl_epi32(x.b, by)};
 }
+KV_INLINE vi v_sar(vi x, unsigned n) {
+    __m128i by = _mm_cvtsi32_si128((int)n);
+    return (vi){_mm256_sra_epi32(x.a, by), _mm256_sra_epi32(x.b, by)};
+}
 KV_INLINE int32_t v_sum_i(vi x) {
     __m256i s = _mm256_add_epi32(x.a, x.b);
     __m128i t = _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
-    t = _mm_add_epi32(t, _mm_shuffle_epi32(t, 0x4e));
+    t         = _mm_add_epi32(t, _mm_shuffle_epi32(t, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi32(t, _mm_shuffle_epi32(t, 0xb1)));
 }
 
@@ -116,7 +153,8 @@ KV_I2(v_min_u16, _mm256_min_epu16)
 /* c + the sums of products of neighbours: pairs of i16; quads of u8 (x) by i8 (y).  The pair sums of the
  * latter pass through i16: exact for codes up to 15, as 2 * 15 * 128 < 32768. */
 KV_INLINE vi v_dot_16(vi c, vi x, vi y) {
-    return (vi){_mm256_add_epi32(c.a, _mm256_madd_epi16(x.a, y.a)), _mm256_add_epi32(c.b, _mm256_madd_epi16(x.b, y.b))};
+    return (vi){_mm256_add_epi32(c.a, _mm256_madd_epi16(x.a, y.a)),
+                _mm256_add_epi32(c.b, _mm256_madd_epi16(x.b, y.b))};
 }
 KV_INLINE vi v_dot_8(vi c, vi x, vi y) {
     const __m256i one = _mm256_set1_epi16(1);
@@ -137,25 +175,33 @@ KV_INLINE vi v_load_u16(const uint16_t *from) {
     return (vi){_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from)),
                 _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)from + 1))};
 }
-KV_INLINE __m256i v_narrow_(vi x) { return _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xd8); }
-KV_INLINE void v_store_u16(uint16_t *to, vi x) { _mm256_storeu_si256((__m256i *)to, v_narrow_(x)); }
+KV_INLINE __m256i v_narrow_(vi x) {
+    return _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xd8);
+}
+KV_INLINE void v_store_u16(uint16_t *to, vi x) {
+    _mm256_storeu_si256((__m256i *)to, v_narrow_(x));
+}
 KV_INLINE void v_store_u8(uint8_t *to, vi x) {
     __m256i half = v_narrow_(x);
-    _mm_storeu_si128((__m128i *)to, _mm_packus_epi16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+    _mm_storeu_si128((__m128i *)to, _mm_packus_epi16(_mm256_castsi256_si128(half),
+                                                     _mm256_extracti128_si256(half, 1)));
 }
 KV_INLINE vf v_load_f16(const uint16_t *from) {
     return (vf){_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from)),
                 _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from + 1))};
 }
 KV_INLINE void v_store_f16(uint16_t *to, vf x) {
-    _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-    _mm_storeu_si128((__m128i *)to + 1, _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm_storeu_si128((__m128i *)to,
+                     _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm_storeu_si128((__m128i *)to + 1,
+                     _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
 /* Rounded to binary16 and back. */
 KV_INLINE vf v_round_f16(vf x) {
-    return (vf){_mm256_cvtph_ps(_mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)),
-                _mm256_cvtph_ps(_mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
+    return (vf){
+        _mm256_cvtph_ps(_mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)),
+        _mm256_cvtph_ps(_mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))};
 }
 
 /* base[index[lane]]. */
@@ -168,31 +214,34 @@ KV_INLINE vi v_gather(const int32_t *base, vi index) {
 /* Lane i takes lane i ^ stride, stride 1, 2, 4 or 8. */
 KV_INLINE vf v_partner(vf x, int stride) {
     if (stride == 8) return (vf){x.b, x.a};
-    __m256i at = _mm256_xor_si256(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(stride));
+    __m256i at =
+        _mm256_xor_si256(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(stride));
     return (vf){_mm256_permutevar8x32_ps(x.a, at), _mm256_permutevar8x32_ps(x.b, at)};
 }
 
 /* Lanes whose number has the bit `stride`. */
-KV_INLINE vm v_upper(int stride) { return v_gt_i(v_and(v_lanes(), v_set_i(stride)), v_zero_i()); }
+KV_INLINE vm v_upper(int stride) {
+    return v_gt_i(v_and(v_lanes(), v_set_i(stride)), v_zero_i());
+}
 
 /* x[i] lane j becomes y[j] lane i, eight by eight. */
 KV_INLINE void v_turn_8_(const __m256 x[8], __m256 y[8]) {
     __m256 p[8], q[8];
 #pragma GCC unroll 4
     for (int i = 0; i < 8; i += 2) {
-        p[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+        p[i]     = _mm256_unpacklo_ps(x[i], x[i + 1]);
         p[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
     }
 #pragma GCC unroll 2
     for (int i = 0; i < 8; i += 4) {
-        q[i] = _mm256_shuffle_ps(p[i], p[i + 2], 0x44);
+        q[i]     = _mm256_shuffle_ps(p[i], p[i + 2], 0x44);
         q[i + 1] = _mm256_shuffle_ps(p[i], p[i + 2], 0xee);
         q[i + 2] = _mm256_shuffle_ps(p[i + 1], p[i + 3], 0x44);
         q[i + 3] = _mm256_shuffle_ps(p[i + 1], p[i + 3], 0xee);
     }
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-        y[i] = _mm256_permute2f128_ps(q[i], q[i + 4], 0x20);
+        y[i]     = _mm256_permute2f128_ps(q[i], q[i + 4], 0x20);
         y[i + 4] = _mm256_permute2f128_ps(q[i], q[i + 4], 0x31);
     }
 }
@@ -201,11 +250,12 @@ KV_INLINE void v_turn_8_(const __m256 x[8], __m256 y[8]) {
 KV_INLINE void v_turn_16(vf x[16]) {
     __m256 in[8], out[4][8];
     for (int part = 0; part < 4; part++) { /* rows 8 (part & 1) on, columns 8 (part >> 1) on */
-        for (int i = 0; i < 8; i++) in[i] = part & 2 ? x[8 * (part & 1) + i].b : x[8 * (part & 1) + i].a;
+        for (int i = 0; i < 8; i++)
+            in[i] = part & 2 ? x[8 * (part & 1) + i].b : x[8 * (part & 1) + i].a;
         v_turn_8_(in, out[part]);
     }
     for (int i = 0; i < 8; i++) {
-        x[i] = (vf){out[0][i], out[1][i]};
+        x[i]     = (vf){out[0][i], out[1][i]};
         x[8 + i] = (vf){out[2][i], out[3][i]};
     }
 }
@@ -223,7 +273,8 @@ KV_INLINE void v_digits(const vi x[4], int8_t *hi, int8_t *lo) {
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     const __m256i low = _mm256_set1_epi16(0x00ff), half = _mm256_set1_epi16(128);
     for (int i = 0; i < 2; i++) {
-        __m256i a = _mm256_packs_epi32(x[2 * i].a, x[2 * i].b), b = _mm256_packs_epi32(x[2 * i + 1].a, x[2 * i + 1].b);
+        __m256i a = _mm256_packs_epi32(x[2 * i].a, x[2 * i].b),
+                b = _mm256_packs_epi32(x[2 * i + 1].a, x[2 * i + 1].b);
         __m256i l = _mm256_packus_epi16(_mm256_and_si256(a, low), _mm256_and_si256(b, low));
         __m256i h = _mm256_packs_epi16(_mm256_srai_epi16(_mm256_add_epi16(a, half), 8),
                                        _mm256_srai_epi16(_mm256_add_epi16(b, half), 8));
@@ -233,9 +284,11 @@ KV_INLINE void v_digits(const vi x[4], int8_t *hi, int8_t *lo) {
 }
 
 /* to[i] = from[index[i]] for i < count, count a multiple of 64, all below 64 * tables, tables 1, 2 or 4. */
-KV_INLINE void v_permute_bytes(int8_t *to, const int8_t *from, const uint8_t *index, uint32_t count, uint32_t tables) {
+KV_INLINE void v_permute_bytes(int8_t *to, const int8_t *from, const uint8_t *index, uint32_t count,
+                               uint32_t tables) {
     (void)tables;
-    for (uint32_t i = 0; i < count; i++) to[i] = from[index[i]];
+    for (uint32_t i = 0; i < count; i++)
+        to[i] = from[index[i]];
 }
 
 /* A unit of codes (page.h) turned, so that out[k] holds word k of each M-value, lane m = g + 8 r; word k is
@@ -247,25 +300,30 @@ KV_INLINE void v_turn_unit(const uint8_t *unit, uint32_t k, vi out[8]) {
         /* Row g has sixteen words (t1 t0 h r): half of them at a time. */
         for (int t = 0; t < 4; t += 2) {
 #pragma GCC unroll 8
-            for (int g = 0; g < 8; g++) x[g] = _mm256_loadu_ps(words + 16 * g + 4 * t);
+            for (int g = 0; g < 8; g++)
+                x[g] = _mm256_loadu_ps(words + 16 * g + 4 * t);
             v_turn_8_(x, y); /* y[4 t0 + 2 h + r] */
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++) {
                 int t0 = i >> 1, h = i & 1;
-                out[4 * h + t + t0] = (vi){_mm256_castps_si256(y[4 * t0 + 2 * h]), _mm256_castps_si256(y[4 * t0 + 2 * h + 1])};
+                out[4 * h + t + t0] = (vi){_mm256_castps_si256(y[4 * t0 + 2 * h]),
+                                           _mm256_castps_si256(y[4 * t0 + 2 * h + 1])};
             }
         }
     } else if (k == 16) {
         /* Row g has eight words (t1 t0 r). */
 #pragma GCC unroll 8
-        for (int g = 0; g < 8; g++) x[g] = _mm256_loadu_ps(words + 8 * g);
+        for (int g = 0; g < 8; g++)
+            x[g] = _mm256_loadu_ps(words + 8 * g);
         v_turn_8_(x, y);
-        for (int t = 0; t < 4; t++) out[t] = (vi){_mm256_castps_si256(y[2 * t]), _mm256_castps_si256(y[2 * t + 1])};
+        for (int t = 0; t < 4; t++)
+            out[t] = (vi){_mm256_castps_si256(y[2 * t]), _mm256_castps_si256(y[2 * t + 1])};
     } else {
         /* Row g has four words (t0 r); memory to memory, as only D = 96 has such units. */
         uint32_t word[2][16];
         for (int g = 0; g < 8; g++)
-            for (int i = 0; i < 4; i++) memcpy(&word[i >> 1][g + 8 * (i & 1)], words + 4 * g + i, 4);
+            for (int i = 0; i < 4; i++)
+                memcpy(&word[i >> 1][g + 8 * (i & 1)], words + 4 * g + i, 4);
         out[0] = v_load_i(word[0]);
         out[1] = v_load_i(word[1]);
     }

@@ -10,72 +10,185 @@ typedef __mmask16 vm;
 /* Candidates searched at once: twelve sums, four multipliers and what goes with them are 25 of 32 registers. */
 enum { KV_LANES_RANGES = 4 };
 
-KV_INLINE vf v_zero(void) { return _mm512_setzero_ps(); }
-KV_INLINE vf v_set(float a) { return _mm512_set1_ps(a); }
-KV_INLINE vf v_load(const float *from) { return _mm512_loadu_ps(from); }
-KV_INLINE void v_store(float *to, vf a) { _mm512_storeu_ps(to, a); }
-KV_INLINE vf v_add(vf a, vf b) { return _mm512_add_ps(a, b); }
-KV_INLINE vf v_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
-KV_INLINE vf v_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
-KV_INLINE vf v_div(vf a, vf b) { return _mm512_div_ps(a, b); }
-KV_INLINE vf v_min(vf a, vf b) { return _mm512_min_ps(a, b); }
-KV_INLINE vf v_max(vf a, vf b) { return _mm512_max_ps(a, b); }
-KV_INLINE vf v_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
-KV_INLINE vf v_round(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-KV_INLINE vi v_round_i(vf a) { return _mm512_cvtps_epi32(a); }
-KV_INLINE vf v_to_f(vi a) { return _mm512_cvtepi32_ps(a); }
-KV_INLINE vi v_bits(vf a) { return _mm512_castps_si512(a); }
-KV_INLINE vf v_from_bits(vi a) { return _mm512_castsi512_ps(a); }
-KV_INLINE float v_sum(vf a) { return _mm512_reduce_add_ps(a); }
-KV_INLINE float v_greatest(vf a) { return _mm512_reduce_max_ps(a); }
+KV_INLINE vf v_zero(void) {
+    return _mm512_setzero_ps();
+}
+KV_INLINE vf v_set(float a) {
+    return _mm512_set1_ps(a);
+}
+KV_INLINE vf v_load(const float *from) {
+    return _mm512_loadu_ps(from);
+}
+KV_INLINE void v_store(float *to, vf a) {
+    _mm512_storeu_ps(to, a);
+}
+KV_INLINE vf v_add(vf a, vf b) {
+    return _mm512_add_ps(a, b);
+}
+KV_INLINE vf v_sub(vf a, vf b) {
+    return _mm512_sub_ps(a, b);
+}
+KV_INLINE vf v_mul(vf a, vf b) {
+    return _mm512_mul_ps(a, b);
+}
+KV_INLINE vf v_div(vf a, vf b) {
+    return _mm512_div_ps(a, b);
+}
+KV_INLINE vf v_min(vf a, vf b) {
+    return _mm512_min_ps(a, b);
+}
+KV_INLINE vf v_max(vf a, vf b) {
+    return _mm512_max_ps(a, b);
+}
+KV_INLINE vf v_fma(vf a, vf b, vf c) {
+    return _mm512_fmadd_ps(a, b, c);
+}
+KV_INLINE vf v_round(vf a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+KV_INLINE vi v_round_i(vf a) {
+    return _mm512_cvtps_epi32(a);
+}
+KV_INLINE vf v_to_f(vi a) {
+    return _mm512_cvtepi32_ps(a);
+}
+KV_INLINE vi v_bits(vf a) {
+    return _mm512_castps_si512(a);
+}
+KV_INLINE vf v_from_bits(vi a) {
+    return _mm512_castsi512_ps(a);
+}
+KV_INLINE float v_sum(vf a) {
+    return _mm512_reduce_add_ps(a);
+}
+KV_INLINE float v_greatest(vf a) {
+    return _mm512_reduce_max_ps(a);
+}
 
-KV_INLINE vm v_lt(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
-KV_INLINE vm v_le(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
-KV_INLINE vm v_eq(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
-KV_INLINE vm v_gt_i(vi a, vi b) { return _mm512_cmpgt_epi32_mask(a, b); }
-KV_INLINE vm v_both(vm a, vm b) { return a & b; }
-KV_INLINE vm v_either(vm a, vm b) { return a | b; }
-KV_INLINE uint32_t v_truths(vm a) { return a; }
-KV_INLINE vm v_first(uint32_t count) { return count >= 16 ? 0xffff : (vm)((1u << count) - 1); }
-KV_INLINE vm v_later(uint32_t lane) { return (vm)(0xfffeu << lane); } /* lanes after that one */
-KV_INLINE vf v_select(vm m, vf yes, vf no) { return _mm512_mask_blend_ps(m, no, yes); }
-KV_INLINE vi v_select_i(vm m, vi yes, vi no) { return _mm512_mask_blend_epi32(m, no, yes); }
+KV_INLINE vm v_lt(vf a, vf b) {
+    return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ);
+}
+KV_INLINE vm v_le(vf a, vf b) {
+    return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ);
+}
+KV_INLINE vm v_eq(vf a, vf b) {
+    return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ);
+}
+KV_INLINE vm v_gt_i(vi a, vi b) {
+    return _mm512_cmpgt_epi32_mask(a, b);
+}
+KV_INLINE vm v_both(vm a, vm b) {
+    return a & b;
+}
+KV_INLINE vm v_either(vm a, vm b) {
+    return a | b;
+}
+KV_INLINE uint32_t v_truths(vm a) {
+    return a;
+}
+KV_INLINE vm v_first(uint32_t count) {
+    return count >= 16 ? 0xffff : (vm)((1u << count) - 1);
+}
+KV_INLINE vm v_later(uint32_t lane) {
+    return (vm)(0xfffeu << lane);
+} /* lanes after that one */
+KV_INLINE vf v_select(vm m, vf yes, vf no) {
+    return _mm512_mask_blend_ps(m, no, yes);
+}
+KV_INLINE vi v_select_i(vm m, vi yes, vi no) {
+    return _mm512_mask_blend_epi32(m, no, yes);
+}
 
-KV_INLINE vi v_zero_i(void) { return _mm512_setzero_si512(); }
-KV_INLINE vi v_set_i(int32_t a) { return _mm512_set1_epi32(a); }
-KV_INLINE vi v_load_i(const void *from) { return _mm512_loadu_si512(from); }
-KV_INLINE void v_store_i(void *to, vi a) { _mm512_storeu_si512(to, a); }
-KV_INLINE vi v_add_i(vi a, vi b) { return _mm512_add_epi32(a, b); }
-KV_INLINE vi v_sub_i(vi a, vi b) { return _mm512_sub_epi32(a, b); }
-KV_INLINE vi v_mul_i(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
-KV_INLINE vi v_max_i(vi a, vi b) { return _mm512_max_epi32(a, b); }
-KV_INLINE vi v_min_i(vi a, vi b) { return _mm512_min_epi32(a, b); }
-KV_INLINE vi v_and(vi a, vi b) { return _mm512_and_si512(a, b); }
-KV_INLINE vi v_or(vi a, vi b) { return _mm512_or_si512(a, b); }
-KV_INLINE vi v_shl(vi a, unsigned n) { return _mm512_sll_epi32(a, _mm_cvtsi32_si128((int)n)); }
-KV_INLINE vi v_shr(vi a, unsigned n) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128((int)n)); }
-KV_INLINE vi v_sar(vi a, unsigned n) { return _mm512_sra_epi32(a, _mm_cvtsi32_si128((int)n)); }
-KV_INLINE int32_t v_sum_i(vi a) { return _mm512_reduce_add_epi32(a); }
+KV_INLINE vi v_zero_i(void) {
+    return _mm512_setzero_si512();
+}
+KV_INLINE vi v_set_i(int32_t a) {
+    return _mm512_set1_epi32(a);
+}
+KV_INLINE vi v_load_i(const void *from) {
+    return _mm512_loadu_si512(from);
+}
+KV_INLINE void v_store_i(void *to, vi a) {
+    _mm512_storeu_si512(to, a);
+}
+KV_INLINE vi v_add_i(vi a, vi b) {
+    return _mm512_add_epi32(a, b);
+}
+KV_INLINE vi v_sub_i(vi a, vi b) {
+    return _mm512_sub_epi32(a, b);
+}
+KV_INLINE vi v_mul_i(vi a, vi b) {
+    return _mm512_mullo_epi32(a, b);
+}
+KV_INLINE vi v_max_i(vi a, vi b) {
+    return _mm512_max_epi32(a, b);
+}
+KV_INLINE vi v_min_i(vi a, vi b) {
+    return _mm512_min_epi32(a, b);
+}
+KV_INLINE vi v_and(vi a, vi b) {
+    return _mm512_and_si512(a, b);
+}
+KV_INLINE vi v_or(vi a, vi b) {
+    return _mm512_or_si512(a, b);
+}
+KV_INLINE vi v_shl(vi a, unsigned n) {
+    return _mm512_sll_epi32(a, _mm_cvtsi32_si128((int)n));
+}
+KV_INLINE vi v_shr(vi a, unsigned n) {
+    return _mm512_srl_epi32(a, _mm_cvtsi32_si128((int)n));
+}
+KV_INLINE vi v_sar(vi a, unsigned n) {
+    return _mm512_sra_epi32(a, _mm_cvtsi32_si128((int)n));
+}
+KV_INLINE int32_t v_sum_i(vi a) {
+    return _mm512_reduce_add_epi32(a);
+}
 
 /* 16-bit lanes, unsigned. */
-KV_INLINE vi v_subs_u16(vi a, vi b) { return _mm512_subs_epu16(a, b); }
-KV_INLINE vi v_mulhi_u16(vi a, vi b) { return _mm512_mulhi_epu16(a, b); }
-KV_INLINE vi v_mulhrs_16(vi a, vi b) { return _mm512_mulhrs_epi16(a, b); }
-KV_INLINE vi v_min_u16(vi a, vi b) { return _mm512_min_epu16(a, b); }
+KV_INLINE vi v_subs_u16(vi a, vi b) {
+    return _mm512_subs_epu16(a, b);
+}
+KV_INLINE vi v_mulhi_u16(vi a, vi b) {
+    return _mm512_mulhi_epu16(a, b);
+}
+KV_INLINE vi v_mulhrs_16(vi a, vi b) {
+    return _mm512_mulhrs_epi16(a, b);
+}
+KV_INLINE vi v_min_u16(vi a, vi b) {
+    return _mm512_min_epu16(a, b);
+}
 
 /* c + the sums of products of neighbours: pairs of i16; quads of u8 (a) by i8 (b). */
-KV_INLINE vi v_dot_16(vi c, vi a, vi b) { return _mm512_dpwssd_epi32(c, a, b); }
-KV_INLINE vi v_dot_8(vi c, vi a, vi b) { return _mm512_dpbusd_epi32(c, a, b); }
+KV_INLINE vi v_dot_16(vi c, vi a, vi b) {
+    return _mm512_dpwssd_epi32(c, a, b);
+}
+KV_INLINE vi v_dot_8(vi c, vi a, vi b) {
+    return _mm512_dpbusd_epi32(c, a, b);
+}
 
 /* Sixteen elements of a narrow type, widened; and lanes cut down to 16 or 8 bits. */
-KV_INLINE vi v_load_u8(const uint8_t *from) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from)); }
-KV_INLINE vi v_load_i8(const int8_t *from) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from)); }
-KV_INLINE vi v_load_u16(const uint16_t *from) { return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)); }
-KV_INLINE void v_store_u16(uint16_t *to, vi a) { _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(a)); }
-KV_INLINE void v_store_u8(uint8_t *to, vi a) { _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8(a)); }
-KV_INLINE vf v_load_f16(const uint16_t *from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)); }
+KV_INLINE vi v_load_u8(const uint8_t *from) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
+}
+KV_INLINE vi v_load_i8(const int8_t *from) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from));
+}
+KV_INLINE vi v_load_u16(const uint16_t *from) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from));
+}
+KV_INLINE void v_store_u16(uint16_t *to, vi a) {
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtepi32_epi16(a));
+}
+KV_INLINE void v_store_u8(uint8_t *to, vi a) {
+    _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8(a));
+}
+KV_INLINE vf v_load_f16(const uint16_t *from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+}
 KV_INLINE void v_store_f16(uint16_t *to, vf a) {
-    _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    _mm256_storeu_si256((__m256i *)to,
+                        _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
 /* Rounded to binary16 and back. */
@@ -84,7 +197,9 @@ KV_INLINE vf v_round_f16(vf a) {
 }
 
 /* base[index[lane]]. */
-KV_INLINE vi v_gather(const int32_t *base, vi index) { return _mm512_i32gather_epi32(index, base, 4); }
+KV_INLINE vi v_gather(const int32_t *base, vi index) {
+    return _mm512_i32gather_epi32(index, base, 4);
+}
 
 /* ---- Shuffles, by purpose rather than by pattern ---- */
 
@@ -95,11 +210,13 @@ KV_INLINE vf v_partner(vf a, int stride) {
 }
 
 /* Lanes whose number has the bit `stride`. */
-KV_INLINE vm v_upper(int stride) { return stride == 1 ? 0xaaaa : stride == 2 ? 0xcccc : stride == 4 ? 0xf0f0 : 0xff00; }
+KV_INLINE vm v_upper(int stride) {
+    return stride == 1 ? 0xaaaa : stride == 2 ? 0xcccc : stride == 4 ? 0xf0f0 : 0xff00;
+}
 
 /* x[i] lane j becomes x[j] lane i. */
 KV_INLINE void v_turn_16(vf x[16]) {
-    const vi low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const vi low  = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     const vi high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
     /* Four times: a lane's highest bit leaves to the vector's number, whose highest bit enters below. */
     vf y[16];
@@ -107,17 +224,19 @@ KV_INLINE void v_turn_16(vf x[16]) {
     for (int step = 0; step < 4; step++) {
 #pragma GCC unroll 8
         for (int i = 0; i < 8; i++) {
-            y[2 * i] = _mm512_permutex2var_ps(x[i], low, x[i + 8]);
+            y[2 * i]     = _mm512_permutex2var_ps(x[i], low, x[i + 8]);
             y[2 * i + 1] = _mm512_permutex2var_ps(x[i], high, x[i + 8]);
         }
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) x[i] = y[i];
+        for (int i = 0; i < 16; i++)
+            x[i] = y[i];
     }
 }
 
 /* Rows of a key tile to tokens: lane 4 a + 2 r + b takes lane 8 r + 2 a + b (page.h). */
 KV_INLINE vf v_rows_to_tokens(vf a) {
-    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15), a);
+    return _mm512_permutexvar_ps(
+        _mm512_setr_epi32(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15), a);
 }
 
 /* Four vectors of i32 that fit 16 bits, each x = 256 hi + lo with lo signed: 64 bytes of hi and of lo, in order. */
@@ -133,17 +252,20 @@ KV_INLINE void v_digits(const vi x[4], int8_t *hi, int8_t *lo) {
 }
 
 /* to[i] = from[index[i]] for i < count, count a multiple of 64, all below 64 * tables, tables 1, 2 or 4. */
-KV_INLINE void v_permute_bytes(int8_t *to, const int8_t *from, const uint8_t *index, uint32_t count, uint32_t tables) {
+KV_INLINE void v_permute_bytes(int8_t *to, const int8_t *from, const uint8_t *index, uint32_t count,
+                               uint32_t tables) {
     for (uint32_t i = 0; i < count; i += 64) {
         __m512i at = _mm512_loadu_si512(index + i);
         __m512i r;
         if (tables == 1) {
             r = _mm512_permutexvar_epi8(at, _mm512_loadu_si512(from));
         } else {
-            r = _mm512_permutex2var_epi8(_mm512_loadu_si512(from), at, _mm512_loadu_si512(from + 64));
+            r = _mm512_permutex2var_epi8(_mm512_loadu_si512(from), at,
+                                         _mm512_loadu_si512(from + 64));
             if (tables == 4) {
-                __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(from + 128), at, _mm512_loadu_si512(from + 192));
-                r = _mm512_mask_blend_epi8(_mm512_movepi8_mask(at), r, high);
+                __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(from + 128), at,
+                                                        _mm512_loadu_si512(from + 192));
+                r            = _mm512_mask_blend_epi8(_mm512_movepi8_mask(at), r, high);
             }
         }
         _mm512_storeu_si512(to + i, r);
@@ -154,7 +276,7 @@ KV_INLINE void v_permute_bytes(int8_t *to, const int8_t *from, const uint8_t *in
  * patterns below this moves one bit of the lane's number into the vector's number, and one the other way. */
 KV_INLINE void v_swap_bits(vi a, vi b, vi at, int step, vi *zero, vi *one) {
     *zero = _mm512_permutex2var_epi32(a, at, b);
-    *one = _mm512_permutex2var_epi32(a, _mm512_add_epi32(at, _mm512_set1_epi32(step)), b);
+    *one  = _mm512_permutex2var_epi32(a, _mm512_add_epi32(at, _mm512_set1_epi32(step)), b);
 }
 
 /* A unit of codes (page.h) turned, so that out[k] holds word k of each M-value, lane m = g + 8 r; word k is
@@ -162,18 +284,23 @@ KV_INLINE void v_swap_bits(vi a, vi b, vi at, int step, vi *zero, vi *one) {
  * is made of. */
 KV_INLINE void v_turn_unit(const uint8_t *unit, uint32_t k, vi out[8]) {
     vi x[8];
-    for (uint32_t i = 0; i < k / 4; i++) x[i] = v_load_i(unit + 64 * i);
+    for (uint32_t i = 0; i < k / 4; i++)
+        x[i] = v_load_i(unit + 64 * i);
     if (k == 32) {
         /* vector (g2 g1 g0), lane (t1 t0 h r): three times the highest bit leaves and a g enters below. */
         const vi at = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
         vi a[8], b[8];
-        for (int g = 0; g < 4; g++) v_swap_bits(x[g], x[g + 4], at, 8, &a[g], &a[4 + g]);
+        for (int g = 0; g < 4; g++)
+            v_swap_bits(x[g], x[g + 4], at, 8, &a[g], &a[4 + g]);
         for (int t = 0; t < 8; t += 4)
-            for (int g = 0; g < 2; g++) v_swap_bits(a[t + g], a[t + g + 2], at, 8, &b[t + g], &b[t + g + 2]);
-        for (int t = 0; t < 4; t++) v_swap_bits(b[2 * t], b[2 * t + 1], at, 8, &out[t], &out[4 + t]);
+            for (int g = 0; g < 2; g++)
+                v_swap_bits(a[t + g], a[t + g + 2], at, 8, &b[t + g], &b[t + g + 2]);
+        for (int t = 0; t < 4; t++)
+            v_swap_bits(b[2 * t], b[2 * t + 1], at, 8, &out[t], &out[4 + t]);
     } else if (k == 16) {
         /* vector (g2 g1), lane (g0 t1 t0 r); then vector (t1 g1), lane (t0 g0 r g2). */
-        const vi first = _mm512_setr_epi32(0, 16, 1, 17, 8, 24, 9, 25, 2, 18, 3, 19, 10, 26, 11, 27);
+        const vi first =
+            _mm512_setr_epi32(0, 16, 1, 17, 8, 24, 9, 25, 2, 18, 3, 19, 10, 26, 11, 27);
         const vi second = _mm512_setr_epi32(0, 4, 16, 20, 1, 5, 17, 21, 2, 6, 18, 22, 3, 7, 19, 23);
         vi a[4];
         v_swap_bits(x[0], x[2], first, 4, &a[0], &a[2]);

@@ -24,8 +24,10 @@ enum { KV_PANEL_BYTES = 128 * KV_HEAD_DIM_MAX, KV_PANEL_ROW = 64 };
 
 /* Widths of the four quarters of a record's keys.  A mix that the codec has not got is read as the first:
  * damage is found by checksums, but must not become a read out of bounds. */
-KV_INLINE void panel_widths(const struct kv_codec *codec, const uint8_t *record, uint8_t width[KV_QUARTERS]) {
-    uint32_t mix = codec->kind == KV_CODEC_MINMAX ? 0 : ((const struct kv_page_header *)record)->mix;
+KV_INLINE void panel_widths(const struct kv_codec *codec, const uint8_t *record,
+                            uint8_t width[KV_QUARTERS]) {
+    uint32_t mix =
+        codec->kind == KV_CODEC_MINMAX ? 0 : ((const struct kv_page_header *)record)->mix;
     if (mix >= codec->mix_count) mix = 0;
     for (int q = 0; q < KV_QUARTERS; q++)
         width[q] = codec->kind == KV_CODEC_MINMAX ? codec->key_bits : codec->mixes[mix][q];
@@ -33,9 +35,11 @@ KV_INLINE void panel_widths(const struct kv_codec *codec, const uint8_t *record,
 
 /* One unit: the tiles at positions 0 .. 8 / width - 1 go to row0 of the panels to[].  The same unit of the
  * next page, `ahead` bytes from this one, is asked for: it will be wanted when this page is done. */
-KV_INLINE void panel_unit(const uint8_t *unit, ptrdiff_t ahead, uint32_t k, uint32_t width, uint8_t *const to[8]) {
+KV_INLINE void panel_unit(const uint8_t *unit, ptrdiff_t ahead, uint32_t k, uint32_t width,
+                          uint8_t *const to[8]) {
     vi turned[8];
-    for (uint32_t line = 0; line < k / 4; line++) _mm_prefetch((const char *)unit + ahead + 64 * line, _MM_HINT_T1);
+    for (uint32_t line = 0; line < k / 4; line++)
+        _mm_prefetch((const char *)unit + ahead + 64 * line, _MM_HINT_T1);
     v_turn_unit(unit, k, turned);
     vi mask = v_set_i((width == 4 ? 0x0f : width == 2 ? 0x03 : 0x01) * 0x01010101);
     for (uint32_t j = 0; j < 8 / width; j++)
@@ -51,7 +55,8 @@ static inline uint32_t panel_keys(const struct kv_shape *shape, const struct kv_
     uint8_t width[KV_QUARTERS];
     panel_widths(&shape->codec, record, width);
     uint32_t quarter = shape->head_dim / 4, active = 0;
-    while (active < KV_QUARTERS && width[active]) active++;
+    while (active < KV_QUARTERS && width[active])
+        active++;
     uint32_t rows = active * quarter / 4;
 
     const uint8_t *unit = record + map->key_codes;
@@ -62,11 +67,15 @@ static inline uint32_t panel_keys(const struct kv_shape *shape, const struct kv_
             for (uint32_t u = 0; u < w; u++) {
                 uint8_t *to[8];
                 for (uint32_t j = 0; j < positions; j++)
-                    to[j] = panel + ((u * positions + j) * rows + (q * quarter + slot) / 4) * KV_PANEL_ROW;
+                    to[j] = panel +
+                            ((u * positions + j) * rows + (q * quarter + slot) / 4) * KV_PANEL_ROW;
                 if (k == 32) {
-                    if (w == 2) panel_unit(unit, ahead, 32, 2, to);
-                    else if (w == 4) panel_unit(unit, ahead, 32, 4, to);
-                    else panel_unit(unit, ahead, 32, 1, to);
+                    if (w == 2)
+                        panel_unit(unit, ahead, 32, 2, to);
+                    else if (w == 4)
+                        panel_unit(unit, ahead, 32, 4, to);
+                    else
+                        panel_unit(unit, ahead, 32, 1, to);
                 } else if (k == 16) {
                     panel_unit(unit, ahead, 16, w, to);
                 } else {
@@ -92,9 +101,12 @@ static inline void panel_values(const struct kv_shape *shape, const struct kv_pa
             to[j] = panel + (tile * 32 + block * 8) * KV_PANEL_ROW;
             if (++tile == tiles) tile = 0, block++;
         }
-        if (w == 2) panel_unit(unit, ahead, 32, 2, to);
-        else if (w == 4) panel_unit(unit, ahead, 32, 4, to);
-        else panel_unit(unit, ahead, 32, 1, to);
+        if (w == 2)
+            panel_unit(unit, ahead, 32, 2, to);
+        else if (w == 4)
+            panel_unit(unit, ahead, 32, 4, to);
+        else
+            panel_unit(unit, ahead, 32, 1, to);
     }
 }
 

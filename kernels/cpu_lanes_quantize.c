@@ -36,15 +36,17 @@ struct fixed {
 
 /* What the search chose at one width, by lane. */
 struct choice {
-    int32_t sum[16];        /* SC */
+    int32_t sum[16]; /* SC */
     float scale[16], error[16];
-    int32_t offset[16];     /* 16 A, or 16 times the mean's floor at width 1; in both halves of the lane */
+    int32_t
+        offset[16]; /* 16 A, or 16 times the mean's floor at width 1; in both halves of the lane */
     int32_t multiplier[16]; /* M, alike */
 };
 
 struct work {
     float x[N_MAX][16];
-    vi pair[D_MAX / 16][T / 2]; /* K: [16 channels][token pair], then by slot; V uses the first D / 2 */
+    vi pair[D_MAX / 16]
+           [T / 2]; /* K: [16 channels][token pair], then by slot; V uses the first D / 2 */
     vi by_slot[T / 2];
     float row[16][D_MAX];
     uint8_t code[D_MAX][D_MAX]; /* K [token][slot], V [channel][token] */
@@ -61,19 +63,19 @@ static_assert(sizeof(struct work) <= KV_CPU_SCRATCH, "a worker's scratch");
 static void fix(const float (*x)[16], uint32_t n, vi *pair, struct fixed *fixed) {
     vf low = v_load(x[0]), high = low;
     for (uint32_t i = 1; i < n; i++) {
-        low = v_min(low, v_load(x[i]));
+        low  = v_min(low, v_load(x[i]));
         high = v_max(high, v_load(x[i]));
     }
-    low = v_add(low, v_zero()); /* a minimum of -0 is +0 */
-    vf span = v_sub(high, low);
-    vm constant = v_le(span, v_set(1e-8f));
+    low          = v_add(low, v_zero()); /* a minimum of -0 is +0 */
+    vf span      = v_sub(high, low);
+    vm constant  = v_le(span, v_set(1e-8f));
     vf units_per = v_select(constant, v_zero(), v_div(v_set((float)KV_UNITS), span));
     vi sum = v_zero_i(), squares = v_zero_i(), one = v_set_i(0x00010001);
     for (uint32_t i = 0; i < n; i += 2) {
-        vi a = v_round_i(v_mul(v_sub(v_load(x[i]), low), units_per));
-        vi b = v_round_i(v_mul(v_sub(v_load(x[i + 1]), low), units_per));
-        vi u = v_or(a, v_shl(b, 16));
-        sum = v_dot_16(sum, u, one);
+        vi a    = v_round_i(v_mul(v_sub(v_load(x[i]), low), units_per));
+        vi b    = v_round_i(v_mul(v_sub(v_load(x[i + 1]), low), units_per));
+        vi u    = v_or(a, v_shl(b, 16));
+        sum     = v_dot_16(sum, u, one);
         squares = v_dot_16(squares, u, u);
         v_store_i(&pair[i / 2], v_shl(u, 4));
     }
@@ -81,7 +83,8 @@ static void fix(const float (*x)[16], uint32_t n, vi *pair, struct fixed *fixed)
     v_store_i(fixed->sum, sum);
     v_store_i(square, squares);
     for (int lane = 0; lane < 16; lane++)
-        fixed->power[lane] = (float)((int64_t)n * square[lane] - (int64_t)fixed->sum[lane] * fixed->sum[lane]);
+        fixed->power[lane] =
+            (float)((int64_t)n * square[lane] - (int64_t)fixed->sum[lane] * fixed->sum[lane]);
     vf unit = v_select(constant, v_zero(), v_div(span, v_set((float)KV_UNITS)));
     v_store(fixed->unit, unit);
     v_store(fixed->mean, v_add(low, v_mul(v_div(v_to_f(sum), v_set((float)n)), unit)));
@@ -93,8 +96,8 @@ struct sums {
 };
 
 KV_INLINE void sums_add(struct sums *sums, vi code, vi u) {
-    sums->code = v_dot_16(sums->code, code, v_set_i(0x00010001));
-    sums->square = v_dot_16(sums->square, code, code);
+    sums->code    = v_dot_16(sums->code, code, v_set_i(0x00010001));
+    sums->square  = v_dot_16(sums->square, code, code);
     sums->product = v_dot_16(sums->product, code, u);
 }
 
@@ -104,18 +107,19 @@ struct best {
     vi sum, offset, multiplier;
 };
 
-KV_INLINE void judge(struct best *best, const struct sums *sums, vi su, uint32_t n, vi offset, vi multiplier) {
-    vi count = v_set_i((int32_t)n);
-    vi covariance = v_sub_i(v_mul_i(count, v_shr(sums->product, 4)), v_mul_i(sums->code, su));
-    vi variance = v_sub_i(v_mul_i(count, sums->square), v_mul_i(sums->code, sums->code));
-    vf x = v_to_f(covariance);
-    vf merit = v_div(v_mul(x, x), v_to_f(variance));
-    vm candidate = v_both(v_gt_i(variance, v_zero_i()), v_gt_i(covariance, v_zero_i()));
-    vm better = v_both(candidate, v_lt(best->merit, merit));
-    best->merit = v_select(better, merit, best->merit);
+KV_INLINE void judge(struct best *best, const struct sums *sums, vi su, uint32_t n, vi offset,
+                     vi multiplier) {
+    vi count         = v_set_i((int32_t)n);
+    vi covariance    = v_sub_i(v_mul_i(count, v_shr(sums->product, 4)), v_mul_i(sums->code, su));
+    vi variance      = v_sub_i(v_mul_i(count, sums->square), v_mul_i(sums->code, sums->code));
+    vf x             = v_to_f(covariance);
+    vf merit         = v_div(v_mul(x, x), v_to_f(variance));
+    vm candidate     = v_both(v_gt_i(variance, v_zero_i()), v_gt_i(covariance, v_zero_i()));
+    vm better        = v_both(candidate, v_lt(best->merit, merit));
+    best->merit      = v_select(better, merit, best->merit);
     best->covariance = v_select(better, x, best->covariance);
-    best->sum = v_select_i(better, sums->code, best->sum);
-    best->offset = v_select_i(better, offset, best->offset);
+    best->sum        = v_select_i(better, sums->code, best->sum);
+    best->offset     = v_select_i(better, offset, best->offset);
     best->multiplier = v_select_i(better, multiplier, best->multiplier);
 }
 
@@ -125,24 +129,30 @@ KV_INLINE vi code_range(vi u, vi offset, vi multiplier, const uint32_t width) {
                      v_set_i(width == 2 ? 0x00030003 : 0x000f000f));
 }
 
-KV_INLINE vi code_above_mean(vi u, vi floor_mean) { return v_min_u16(v_subs_u16(u, floor_mean), v_set_i(0x00010001)); }
+KV_INLINE vi code_above_mean(vi u, vi floor_mean) {
+    return v_min_u16(v_subs_u16(u, floor_mean), v_set_i(0x00010001));
+}
 
 /* Both halves of a 32-bit lane. */
-KV_INLINE int32_t twice(uint32_t x) { return (int32_t)(x | x << 16); }
+KV_INLINE int32_t twice(uint32_t x) {
+    return (int32_t)(x | x << 16);
+}
 
 KV_INLINE int32_t range_multiplier(const uint32_t width, uint32_t a, uint32_t b) {
-    return twice((uint32_t)(kv_f32_of_f16(width == 2 ? kv_range_step2[a][b] : kv_range_step4[a][b]) *
-                            (width == 2 ? 0x1p24f : 0x1p22f)));
+    return twice(
+        (uint32_t)(kv_f32_of_f16(width == 2 ? kv_range_step2[a][b] : kv_range_step4[a][b]) *
+                   (width == 2 ? 0x1p24f : 0x1p22f)));
 }
 
 /* Candidates that share A share the first subtraction: four at a time, twelve sums in flight. */
-KV_INLINE void choose_range(const vi *pair, uint32_t n, vi su, const uint32_t width, struct best *best) {
+KV_INLINE void choose_range(const vi *pair, uint32_t n, vi su, const uint32_t width,
+                            struct best *best) {
     for (uint32_t a = 0; a < KV_RANGES; a++) {
         vi offset = v_set_i(twice(16u * kv_range_offset[a])), multiplier[KV_RANGES];
         struct sums sums[KV_RANGES];
         for (uint32_t b = 0; b < KV_RANGES; b++) {
             multiplier[b] = v_set_i(range_multiplier(width, a, b));
-            sums[b] = (struct sums){v_zero_i(), v_zero_i(), v_zero_i()};
+            sums[b]       = (struct sums){v_zero_i(), v_zero_i(), v_zero_i()};
         }
 #pragma GCC unroll 1
         for (uint32_t first = 0; first < KV_RANGES; first += KV_LANES_RANGES) {
@@ -150,25 +160,28 @@ KV_INLINE void choose_range(const vi *pair, uint32_t n, vi su, const uint32_t wi
                 vi u = v_load_i(&pair[i]);
 #pragma GCC unroll 4
                 for (uint32_t b = 0; b < KV_LANES_RANGES; b++)
-                    sums_add(&sums[first + b], code_range(u, offset, multiplier[first + b], width), u);
+                    sums_add(&sums[first + b], code_range(u, offset, multiplier[first + b], width),
+                             u);
             }
         }
-        for (uint32_t b = 0; b < KV_RANGES; b++) judge(best, &sums[b], su, n, offset, multiplier[b]);
+        for (uint32_t b = 0; b < KV_RANGES; b++)
+            judge(best, &sums[b], su, n, offset, multiplier[b]);
     }
 }
 
 /* The group rule for sixteen groups at one width. */
-static void choose(const vi *pair, uint32_t n, const int32_t *su, const float *power, const float *unit,
-                   uint32_t width, struct choice *choice) {
+static void choose(const vi *pair, uint32_t n, const int32_t *su, const float *power,
+                   const float *unit, uint32_t width, struct choice *choice) {
     struct best best = {v_zero(), v_zero(), v_zero_i(), v_zero_i(), v_zero_i()};
-    vi sum = v_load_i(su);
+    vi sum           = v_load_i(su);
     if (width == 4) {
         choose_range(pair, n, sum, 4, &best);
     } else if (width == 2) {
         choose_range(pair, n, sum, 2, &best);
     } else {
         int32_t floor_mean[16];
-        for (int lane = 0; lane < 16; lane++) floor_mean[lane] = twice(16u * ((uint32_t)su[lane] / n));
+        for (int lane = 0; lane < 16; lane++)
+            floor_mean[lane] = twice(16u * ((uint32_t)su[lane] / n));
         struct sums sums = {v_zero_i(), v_zero_i(), v_zero_i()};
         for (uint32_t i = 0; i < n / 2; i++) {
             vi u = v_load_i(&pair[i]);
@@ -176,13 +189,16 @@ static void choose(const vi *pair, uint32_t n, const int32_t *su, const float *p
         }
         judge(&best, &sums, sum, n, v_load_i(floor_mean), v_zero_i());
     }
-    vf p = v_load(power);
+    vf p        = v_load(power);
     vm constant = v_eq(p, v_zero());
     v_store_i(choice->sum, best.sum);
-    v_store_i(choice->offset, v_select_i(constant, v_set_i(-1), best.offset)); /* above every u: codes 0 */
+    v_store_i(choice->offset,
+              v_select_i(constant, v_set_i(-1), best.offset)); /* above every u: codes 0 */
     v_store_i(choice->multiplier, best.multiplier);
-    v_store(choice->scale, v_select(constant, v_zero(), v_mul(v_div(p, best.covariance), v_load(unit))));
-    v_store(choice->error, v_select(constant, v_zero(), v_mul(p, v_sub(v_div(p, best.merit), v_set(1.0f)))));
+    v_store(choice->scale,
+            v_select(constant, v_zero(), v_mul(v_div(p, best.covariance), v_load(unit))));
+    v_store(choice->error,
+            v_select(constant, v_zero(), v_mul(p, v_sub(v_div(p, best.merit), v_set(1.0f)))));
 }
 
 KV_INLINE vi code(vi u, const struct choice *choice, uint32_t width) {
@@ -194,12 +210,13 @@ KV_INLINE vi code(vi u, const struct choice *choice, uint32_t width) {
 /* Stores one kind of scales as e4m3 under the page's factor, and leaves in scale[] what the reader has. */
 static uint16_t store_scales(float *scale, uint32_t count, uint8_t *stored) {
     float largest = 0;
-    for (uint32_t i = 0; i < count; i++) largest = scale[i] > largest ? scale[i] : largest;
+    for (uint32_t i = 0; i < count; i++)
+        largest = scale[i] > largest ? scale[i] : largest;
     uint16_t factor = kv_f16_saturated(largest);
-    float step = kv_f32_of_f16(factor) / 448.0f;
+    float step      = kv_f32_of_f16(factor) / 448.0f;
     for (uint32_t i = 0; i < count; i++) {
         stored[i] = factor == 0 ? 0 : kv_e4m3_saturated(scale[i] / step);
-        scale[i] = kv_f32_of_e4m3(stored[i]) * step;
+        scale[i]  = kv_f32_of_e4m3(stored[i]) * step;
     }
     return factor;
 }
@@ -208,10 +225,11 @@ static uint16_t store_scales(float *scale, uint32_t count, uint8_t *stored) {
 
 static void fix_channels(const struct kv_shape *shape, const uint16_t *keys, struct work *work) {
     uint32_t D = shape->head_dim;
-    int bf16 = shape->dtype == KV_DTYPE_BF16;
+    int bf16   = shape->dtype == KV_DTYPE_BF16;
     for (uint32_t c = 0; c < D; c += 16) {
         struct fixed fixed;
-        for (uint32_t t = 0; t < T; t++) v_store(work->x[t], v_load_half(keys + t * D + c, bf16));
+        for (uint32_t t = 0; t < T; t++)
+            v_store(work->x[t], v_load_half(keys + t * D + c, bf16));
         fix((const float(*)[16])work->x, T, work->pair[c / 16], &fixed);
         memcpy(work->mean + c, fixed.mean, sizeof fixed.mean);
         memcpy(work->unit + c, fixed.unit, sizeof fixed.unit);
@@ -226,15 +244,19 @@ static void order_slots(const float *importance, uint32_t D, uint8_t *order) {
     for (uint32_t other = 0; other < D; other++) {
         vf theirs = v_set(importance[other]);
         for (uint32_t c = 0; c < D; c += 16) {
-            vf ours = v_load(importance + c);
-            vm less = v_lt(ours, theirs);
-            vm tie = v_eq(ours, theirs);
-            vm ahead = other < c ? tie : other >= c + 15 ? v_first(0) : v_both(tie, v_later(other - c));
-            v_store_i(before + c, v_add_i(v_load_i(before + c),
-                                          v_select_i(v_either(less, ahead), v_set_i(1), v_zero_i())));
+            vf ours  = v_load(importance + c);
+            vm less  = v_lt(ours, theirs);
+            vm tie   = v_eq(ours, theirs);
+            vm ahead = other < c         ? tie
+                       : other >= c + 15 ? v_first(0)
+                                         : v_both(tie, v_later(other - c));
+            v_store_i(before + c,
+                      v_add_i(v_load_i(before + c),
+                              v_select_i(v_either(less, ahead), v_set_i(1), v_zero_i())));
         }
     }
-    for (uint32_t c = 0; c < D; c++) order[before[c]] = (uint8_t)c;
+    for (uint32_t c = 0; c < D; c++)
+        order[before[c]] = (uint8_t)c;
 }
 
 /* Whether some mix gives width w to a slot of first .. first + 15. */
@@ -274,14 +296,15 @@ static void code_slots(const vi *pair, const struct choice *choice, uint32_t wid
     }
 }
 
-static void quantize_keys(const struct kv_shape *shape, const struct kv_page_map *map, const uint16_t *keys,
-                          const float *energy, uint8_t *record, struct work *work) {
+static void quantize_keys(const struct kv_shape *shape, const struct kv_page_map *map,
+                          const uint16_t *keys, const float *energy, uint8_t *record,
+                          struct work *work) {
     const struct kv_codec *codec = &shape->codec;
     uint32_t D = shape->head_dim, quarter = D / 4;
     fix_channels(shape, keys, work);
     float weight[D_MAX];
     for (uint32_t c = 0; c < D; c++) {
-        weight[c] = (work->unit[c] * work->unit[c]) * (energy ? energy[c] : 1.0f);
+        weight[c]           = (work->unit[c] * work->unit[c]) * (energy ? energy[c] : 1.0f);
         work->importance[c] = work->power[c] * weight[c];
     }
     uint8_t *order = record + map->key_order;
@@ -305,18 +328,19 @@ static void quantize_keys(const struct kv_shape *shape, const struct kv_page_map
                 work->error[w][slot + i] = choice->error[i] * weight[order[slot + i]];
         }
     }
-    uint32_t mix = choose_mix(codec, D, work);
+    uint32_t mix          = choose_mix(codec, D, work);
     const uint8_t *widths = codec->mixes[mix];
 
     for (uint32_t slot = 0; slot < D; slot++) {
-        uint32_t w = widths[slot / quarter];
+        uint32_t w  = widths[slot / quarter];
         scale[slot] = w == 0 ? 0 : work->choice[w][slot / 16].scale[slot % 16];
     }
     uint16_t factor = store_scales(scale, D, record + map->key_scale);
     for (uint32_t slot = 0; slot < D; slot++) {
         uint32_t w = widths[slot / quarter];
         float zero = work->mean[order[slot]];
-        if (w != 0) zero -= scale[slot] * ((float)work->choice[w][slot / 16].sum[slot % 16] / (float)T);
+        if (w != 0)
+            zero -= scale[slot] * ((float)work->choice[w][slot / 16].sum[slot % 16] / (float)T);
         uint16_t half = kv_f16_saturated(zero);
         memcpy(record + map->key_zero + 2 * slot, &half, sizeof half);
     }
@@ -342,16 +366,19 @@ static void quantize_keys(const struct kv_shape *shape, const struct kv_page_map
 /* ---- UNBIASED values ---------------------------------------------------------------------- */
 
 /* page.h's eight partial sums. */
-static void mean_over_tokens(const struct kv_shape *shape, const uint16_t *values, uint8_t *stored, float *mean) {
+static void mean_over_tokens(const struct kv_shape *shape, const uint16_t *values, uint8_t *stored,
+                             float *mean) {
     uint32_t D = shape->head_dim;
-    int bf16 = shape->dtype == KV_DTYPE_BF16;
+    int bf16   = shape->dtype == KV_DTYPE_BF16;
     for (uint32_t c = 0; c < D; c += 16) {
         vf part[8];
 #pragma GCC unroll 8
-        for (int j = 0; j < 8; j++) part[j] = v_zero();
+        for (int j = 0; j < 8; j++)
+            part[j] = v_zero();
         for (uint32_t t = 0; t < T; t += 8)
 #pragma GCC unroll 8
-            for (uint32_t j = 0; j < 8; j++) part[j] = v_add(part[j], v_load_half(values + (t + j) * D + c, bf16));
+            for (uint32_t j = 0; j < 8; j++)
+                part[j] = v_add(part[j], v_load_half(values + (t + j) * D + c, bf16));
         vf sum = v_add(v_add(v_add(part[0], part[1]), v_add(part[2], part[3])),
                        v_add(v_add(part[4], part[5]), v_add(part[6], part[7])));
         uint16_t half[16];
@@ -366,10 +393,12 @@ static void turn_rows(struct work *work, uint32_t D) {
     for (uint32_t c = 0; c < D; c += 16) {
         vf x[16];
 #pragma GCC unroll 16
-        for (int t = 0; t < 16; t++) x[t] = v_load(work->row[t] + c);
+        for (int t = 0; t < 16; t++)
+            x[t] = v_load(work->row[t] + c);
         v_turn_16(x);
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; i++) v_store(work->x[c + i], x[i]);
+        for (int i = 0; i < 16; i++)
+            v_store(work->x[c + i], x[i]);
     }
 }
 
@@ -379,8 +408,8 @@ static int8_t value_zero(float mean, float scale, int32_t sum, uint32_t D) {
     return (int8_t)(quarters < -128.0f ? -128 : quarters > 127.0f ? 127 : (int)rintf(quarters));
 }
 
-static void quantize_values(const struct kv_shape *shape, const struct kv_page_map *map, const uint16_t *values,
-                            uint8_t *record, struct work *work) {
+static void quantize_values(const struct kv_shape *shape, const struct kv_page_map *map,
+                            const uint16_t *values, uint8_t *record, struct work *work) {
     uint32_t D = shape->head_dim, w = shape->codec.value_bits;
     int bf16 = shape->dtype == KV_DTYPE_BF16;
     float mean[D_MAX], token_mean[T], scale[T], norm = (float)(1.0 / sqrt((double)(D & (0 - D))));
@@ -390,7 +419,8 @@ static void quantize_values(const struct kv_shape *shape, const struct kv_page_m
     for (uint32_t t = 0; t < T; t += 16) {
         for (uint32_t i = 0; i < 16; i++) {
             for (uint32_t c = 0; c < D; c += 16)
-                v_store(work->row[i] + c, v_sub(v_load_half(values + (t + i) * D + c, bf16), v_load(mean + c)));
+                v_store(work->row[i] + c,
+                        v_sub(v_load_half(values + (t + i) * D + c, bf16), v_load(mean + c)));
             if (shape->codec.value_rotated) lanes_rotate(work->row[i], D, norm);
         }
         turn_rows(work, D);
@@ -403,8 +433,8 @@ static void quantize_values(const struct kv_shape *shape, const struct kv_page_m
             float s = choice.scale[i], zero = fixed.mean[i] - s * ((float)choice.sum[i] / (float)D);
             if (s == 0 || fabsf(zero) > 31.0f * s) { /* nearly constant */
                 choice.offset[i] = -1;
-                choice.sum[i] = 0;
-                s = fabsf(fixed.mean[i]) / 31.0f;
+                choice.sum[i]    = 0;
+                s                = fabsf(fixed.mean[i]) / 31.0f;
             }
             token_mean[t + i] = fixed.mean[i], scale[t + i] = s, sum[t + i] = choice.sum[i];
         }
@@ -424,46 +454,49 @@ static void quantize_values(const struct kv_shape *shape, const struct kv_page_m
 /* ---- MINMAX ---------------------------------------------------------------------------------- */
 
 /* One group per lane, x[n][16]; codes to[i * stride + lane].  Every step is rounded to the element type. */
-static void minmax(const float (*x)[16], uint32_t n, uint32_t top, int bf16, uint8_t *to, uint32_t stride,
-                   uint16_t scale_out[16], uint16_t low_out[16]) {
+static void minmax(const float (*x)[16], uint32_t n, uint32_t top, int bf16, uint8_t *to,
+                   uint32_t stride, uint16_t scale_out[16], uint16_t low_out[16]) {
     vf low = v_load(x[0]), high = low;
     for (uint32_t i = 1; i < n; i++) {
-        low = v_min(low, v_load(x[i]));
+        low  = v_min(low, v_load(x[i]));
         high = v_max(high, v_load(x[i]));
     }
     low = v_add(low, v_zero());
     /* Where all elements are zeros the definition's maximum is the first of them, sign and all. */
-    vf span = v_sub(v_select(v_eq(high, low), v_load(x[0]), high), low);
+    vf span  = v_sub(v_select(v_eq(high, low), v_load(x[0]), high), low);
     vf scale = v_round_half(v_div(v_round_half(span, bf16), v_set((float)top)), bf16);
-    vm flat = v_eq(scale, v_zero());
-    vf most = v_set((float)top);
+    vm flat  = v_eq(scale, v_zero());
+    vf most  = v_set((float)top);
     for (uint32_t i = 0; i < n; i++) {
         vf above = v_round_half(v_sub(v_load(x[i]), low), bf16);
-        vf at = v_min(v_round_half(v_div(above, scale), bf16), most);
+        vf at    = v_min(v_round_half(v_div(above, scale), bf16), most);
         v_store_u8(to + i * stride, v_round_i(v_select(flat, v_zero(), at)));
     }
     v_store_half(scale_out, scale, bf16);
     v_store_half(low_out, low, bf16);
 }
 
-static void minmax_keys(const struct kv_shape *shape, const struct kv_page_map *map, const uint16_t *keys,
-                        uint8_t *record, struct work *work) {
+static void minmax_keys(const struct kv_shape *shape, const struct kv_page_map *map,
+                        const uint16_t *keys, uint8_t *record, struct work *work) {
     uint32_t D = shape->head_dim, n = shape->codec.group, bits = shape->codec.key_bits;
     int bf16 = shape->dtype == KV_DTYPE_BF16;
     for (uint32_t group = 0; group < T / n; group++)
         for (uint32_t c = 0; c < D; c += 16) {
             uint16_t scale[16], low[16];
-            for (uint32_t i = 0; i < n; i++) v_store(work->x[i], v_load_half(keys + (group * n + i) * D + c, bf16));
-            minmax((const float(*)[16])work->x, n, (1u << bits) - 1, bf16, work->code[group * n] + c, D_MAX, scale, low);
+            for (uint32_t i = 0; i < n; i++)
+                v_store(work->x[i], v_load_half(keys + (group * n + i) * D + c, bf16));
+            minmax((const float(*)[16])work->x, n, (1u << bits) - 1, bf16,
+                   work->code[group * n] + c, D_MAX, scale, low);
             memcpy(record + map->key_scale + 2 * (group * D + c), scale, sizeof scale);
             memcpy(record + map->key_zero + 2 * (group * D + c), low, sizeof low);
         }
-    const uint8_t widths[KV_QUARTERS] = {(uint8_t)bits, (uint8_t)bits, (uint8_t)bits, (uint8_t)bits};
+    const uint8_t widths[KV_QUARTERS] = {(uint8_t)bits, (uint8_t)bits, (uint8_t)bits,
+                                         (uint8_t)bits};
     words_keys(true, widths, D, work->code[0], D_MAX, record + map->key_codes);
 }
 
-static void minmax_values(const struct kv_shape *shape, const struct kv_page_map *map, const uint16_t *values,
-                          uint8_t *record, struct work *work) {
+static void minmax_values(const struct kv_shape *shape, const struct kv_page_map *map,
+                          const uint16_t *values, uint8_t *record, struct work *work) {
     uint32_t D = shape->head_dim, n = shape->codec.group, bits = shape->codec.value_bits;
     int bf16 = shape->dtype == KV_DTYPE_BF16;
     for (uint32_t t = 0; t < T; t += 16) {
@@ -473,8 +506,8 @@ static void minmax_values(const struct kv_shape *shape, const struct kv_page_map
         turn_rows(work, D);
         for (uint32_t group = 0; group < D / n; group++) {
             uint16_t scale[16], low[16];
-            minmax((const float(*)[16])work->x + group * n, n, (1u << bits) - 1, bf16, work->code[group * n] + t, D_MAX,
-                   scale, low);
+            minmax((const float(*)[16])work->x + group * n, n, (1u << bits) - 1, bf16,
+                   work->code[group * n] + t, D_MAX, scale, low);
             memcpy(record + map->value_scale + 2 * (group * T + t), scale, sizeof scale);
             memcpy(record + map->value_zero + 2 * (group * T + t), low, sizeof low);
         }
@@ -484,10 +517,12 @@ static void minmax_values(const struct kv_shape *shape, const struct kv_page_map
 
 /* ---- one head record ---------------------------------------------------------------------------- */
 
-void KV_LANES_FN(quantize)(const struct kv_shape *shape, const struct kv_page_map *map, const uint16_t *keys,
-                           const uint16_t *values, const float *energy, uint8_t *record, void *scratch);
-void KV_LANES_FN(quantize)(const struct kv_shape *shape, const struct kv_page_map *map, const uint16_t *keys,
-                           const uint16_t *values, const float *energy, uint8_t *record, void *scratch) {
+void KV_LANES_FN(quantize)(const struct kv_shape *shape, const struct kv_page_map *map,
+                           const uint16_t *keys, const uint16_t *values, const float *energy,
+                           uint8_t *record, void *scratch);
+void KV_LANES_FN(quantize)(const struct kv_shape *shape, const struct kv_page_map *map,
+                           const uint16_t *keys, const uint16_t *values, const float *energy,
+                           uint8_t *record, void *scratch) {
     memset(record, 0, map->record_bytes);
     if (shape->codec.kind == KV_CODEC_MINMAX) {
         minmax_keys(shape, map, keys, record, scratch);

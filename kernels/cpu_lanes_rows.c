@@ -6,9 +6,10 @@
 
 #include <math.h>
 
-size_t KV_LANES_FN(convert)(const void *source, enum kv_dtype from, enum kv_dtype to, float limit, uint16_t *target,
-                            size_t count);
-void KV_LANES_FN(widen)(const void *source, enum kv_dtype from, float factor, float *target, size_t count);
+size_t KV_LANES_FN(convert)(const void *source, enum kv_dtype from, enum kv_dtype to, float limit,
+                            uint16_t *target, size_t count);
+void KV_LANES_FN(widen)(const void *source, enum kv_dtype from, float factor, float *target,
+                        size_t count);
 
 /* Sixteen elements, or the last few, from `i` on. */
 static vf load_some(const void *source, enum kv_dtype from, size_t i, size_t count) {
@@ -25,10 +26,11 @@ static vf load_some(const void *source, enum kv_dtype from, size_t i, size_t cou
     return v_load_half(part, from == KV_DTYPE_BF16);
 }
 
-size_t KV_LANES_FN(convert)(const void *source, enum kv_dtype from, enum kv_dtype to, float limit, uint16_t *target,
-                            size_t count) {
+size_t KV_LANES_FN(convert)(const void *source, enum kv_dtype from, enum kv_dtype to, float limit,
+                            uint16_t *target, size_t count) {
     int bf16 = to == KV_DTYPE_BF16;
-    float largest = bf16 ? 0x1.fep+127f : 65504.0f; /* infinity is above every limit, NaN below none */
+    float largest =
+        bf16 ? 0x1.fep+127f : 65504.0f; /* infinity is above every limit, NaN below none */
     vf most = v_set(limit < largest ? limit : largest);
     for (size_t i = 0; i < count; i += 16) {
         size_t some = count - i < 16 ? count - i : 16;
@@ -39,7 +41,8 @@ size_t KV_LANES_FN(convert)(const void *source, enum kv_dtype from, enum kv_dtyp
         } else if (bf16) {
             float part[16];
             v_store(part, load_some(source, from, i, count));
-            for (int j = 0; j < 16; j++) half[j] = kv_bf16_of_f32(part[j]);
+            for (int j = 0; j < 16; j++)
+                half[j] = kv_bf16_of_f32(part[j]);
         } else {
             v_store_f16(half, load_some(source, from, i, count));
         }
@@ -50,9 +53,11 @@ size_t KV_LANES_FN(convert)(const void *source, enum kv_dtype from, enum kv_dtyp
     return count;
 }
 
-void KV_LANES_FN(widen)(const void *source, enum kv_dtype from, float factor, float *target, size_t count) {
+void KV_LANES_FN(widen)(const void *source, enum kv_dtype from, float factor, float *target,
+                        size_t count) {
     size_t i = 0;
-    for (; i + 16 <= count; i += 16) v_store(target + i, v_mul(load_some(source, from, i, count), v_set(factor)));
+    for (; i + 16 <= count; i += 16)
+        v_store(target + i, v_mul(load_some(source, from, i, count), v_set(factor)));
     if (i == count) return;
     float part[16];
     v_store(part, v_mul(load_some(source, from, i, count), v_set(factor)));

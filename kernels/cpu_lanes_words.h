@@ -13,16 +13,21 @@
 #include "kernels/cpu.h"
 
 /* Row of a tile to token within the tile (page.h). */
-static inline uint32_t words_token(uint32_t m) { return 4 * ((m & 7) >> 1) + 2 * (m >> 3) + (m & 1); }
+static inline uint32_t words_token(uint32_t m) {
+    return 4 * ((m & 7) >> 1) + 2 * (m >> 3) + (m & 1);
+}
 
 /* Where in a unit of k K-values word (m, quad) stands: quad is K-value / 4. */
 static inline uint32_t words_place(uint32_t k, uint32_t m, uint32_t quad) {
     uint32_t g = m & 7, r = m >> 3, t = quad & 3, h = quad >> 2;
-    return k == 32 ? (4 * g + t) * 4 + 2 * h + r : k == 16 ? (4 * g + t) * 2 + r : (2 * g + t) * 2 + r;
+    return k == 32   ? (4 * g + t) * 4 + 2 * h + r
+           : k == 16 ? (4 * g + t) * 2 + r
+                     : (2 * g + t) * 2 + r;
 }
 
 /* One unit and one row m of its tiles: rows[j] is where the row's codes of position j begin. */
-static inline void words_pack_row(uint32_t k, uint32_t w, uint32_t m, const uint8_t *const rows[8], uint8_t *unit) {
+static inline void words_pack_row(uint32_t k, uint32_t w, uint32_t m, const uint8_t *const rows[8],
+                                  uint8_t *unit) {
     for (uint32_t quad = 0; quad < k / 4; quad++) {
         uint32_t word = 0, part;
         for (uint32_t j = 0; j < 8 / w; j++) {
@@ -33,7 +38,8 @@ static inline void words_pack_row(uint32_t k, uint32_t w, uint32_t m, const uint
     }
 }
 
-static inline void words_unpack_row(uint32_t k, uint32_t w, uint32_t m, const uint8_t *unit, uint8_t *const rows[8]) {
+static inline void words_unpack_row(uint32_t k, uint32_t w, uint32_t m, const uint8_t *unit,
+                                    uint8_t *const rows[8]) {
     uint32_t mask = ((1u << w) - 1) * 0x01010101u;
     for (uint32_t quad = 0; quad < k / 4; quad++) {
         uint32_t word, part;
@@ -46,44 +52,58 @@ static inline void words_unpack_row(uint32_t k, uint32_t w, uint32_t m, const ui
 }
 
 /* The functions below are walked in one order by packing and unpacking alike; `pack` is a constant. */
-static inline __attribute__((always_inline)) void words_unit(bool pack, uint32_t k, uint32_t w, uint8_t *unit,
-                                                             uint8_t *const tiles[8], uint32_t stride, bool tokens) {
+static inline __attribute__((always_inline)) void words_unit(bool pack, uint32_t k, uint32_t w,
+                                                             uint8_t *unit, uint8_t *const tiles[8],
+                                                             uint32_t stride, bool tokens) {
     for (uint32_t m = 0; m < 16; m++) {
         uint8_t *rows[8];
-        for (uint32_t j = 0; j < 8 / w; j++) rows[j] = tiles[j] + (tokens ? words_token(m) : m) * stride;
-        if (pack) words_pack_row(k, w, m, (const uint8_t *const *)rows, unit);
-        else words_unpack_row(k, w, m, unit, rows);
+        for (uint32_t j = 0; j < 8 / w; j++)
+            rows[j] = tiles[j] + (tokens ? words_token(m) : m) * stride;
+        if (pack)
+            words_pack_row(k, w, m, (const uint8_t *const *)rows, unit);
+        else
+            words_unpack_row(k, w, m, unit, rows);
     }
 }
 
-static inline __attribute__((always_inline)) void words_width(bool pack, uint32_t k, uint32_t w, uint8_t *unit,
-                                                              uint8_t *const tiles[8], uint32_t stride, bool tokens) {
-    if (w == 1) words_unit(pack, k, 1, unit, tiles, stride, tokens);
-    else if (w == 2) words_unit(pack, k, 2, unit, tiles, stride, tokens);
-    else words_unit(pack, k, 4, unit, tiles, stride, tokens);
+static inline __attribute__((always_inline)) void words_width(bool pack, uint32_t k, uint32_t w,
+                                                              uint8_t *unit,
+                                                              uint8_t *const tiles[8],
+                                                              uint32_t stride, bool tokens) {
+    if (w == 1)
+        words_unit(pack, k, 1, unit, tiles, stride, tokens);
+    else if (w == 2)
+        words_unit(pack, k, 2, unit, tiles, stride, tokens);
+    else
+        words_unit(pack, k, 4, unit, tiles, stride, tokens);
 }
 
 /* K: codes[128][stride] and packed key_codes.  Slots of width 0 are neither read nor written. */
-static inline __attribute__((always_inline)) void words_keys(bool pack, const uint8_t width[KV_QUARTERS], uint32_t D,
-                                                             uint8_t *codes, uint32_t stride, uint8_t *packed) {
+static inline __attribute__((always_inline)) void words_keys(bool pack,
+                                                             const uint8_t width[KV_QUARTERS],
+                                                             uint32_t D, uint8_t *codes,
+                                                             uint32_t stride, uint8_t *packed) {
     for (uint32_t q = 0; q < KV_QUARTERS && width[q]; q++)
         for (uint32_t slot = q * (D / 4), k; slot < (q + 1) * (D / 4); slot += k) {
             uint32_t left = (q + 1) * (D / 4) - slot;
-            k = left >= 32 ? 32 : left >= 16 ? 16 : 8;
+            k             = left >= 32 ? 32 : left >= 16 ? 16 : 8;
             for (uint32_t u = 0; u < width[q]; u++, packed += 16 * k) {
                 uint8_t *tiles[8];
                 for (uint32_t j = 0; j < 8u / width[q]; j++)
                     tiles[j] = codes + 16 * (u * (8u / width[q]) + j) * stride + slot;
-                if (k == 32) words_width(pack, 32, width[q], packed, tiles, stride, true);
-                else if (k == 16) words_width(pack, 16, width[q], packed, tiles, stride, true);
-                else words_width(pack, 8, width[q], packed, tiles, stride, true);
+                if (k == 32)
+                    words_width(pack, 32, width[q], packed, tiles, stride, true);
+                else if (k == 16)
+                    words_width(pack, 16, width[q], packed, tiles, stride, true);
+                else
+                    words_width(pack, 8, width[q], packed, tiles, stride, true);
             }
         }
 }
 
 /* V: codes[D][stride] and packed value_codes. */
-static inline __attribute__((always_inline)) void words_values(bool pack, uint32_t w, uint32_t D, uint8_t *codes,
-                                                               uint32_t stride, uint8_t *packed) {
+static inline __attribute__((always_inline)) void
+words_values(bool pack, uint32_t w, uint32_t D, uint8_t *codes, uint32_t stride, uint8_t *packed) {
     uint32_t tile = 0, block = 0;
     for (uint32_t u = 0; u < D / 4 * w / 8; u++, packed += 512) {
         uint8_t *tiles[8];
