@@ -134,7 +134,10 @@ struct kv_page_ref {
  * that see nothing give out 0 and lse -inf.
  *
  * merge: out and lse hold the result over other tokens, and this run is merged into it:
- *   m = max(a, b); out = (out_a e^(a-m) + out_b e^(b-m)) / (e^(a-m) + e^(b-m)).
+ *   m = max(a, b); out = (out_a e^(a-m) + out_b e^(b-m)) / (e^(a-m) + e^(b-m)),
+ * and out 0, lse -inf where both are empty.
+ *
+ * Scores must stay finite in binary32; what one that does not makes of its row is undefined.
  *
  * cancel: when it becomes true the backend may stop at the next page; out and lse are
  * undefined then.  NULL: never. */
