@@ -161,10 +161,10 @@ static void terms_unbiased(const struct kv_shape *shape, const struct kv_page_ma
     uint32_t value_top   = (1u << shape->codec.value_bits) - 1;
     const uint8_t *order = record + map->key_order;
     for (const uint8_t *line = record; line < record + map->key_codes; line += 64)
-        _mm_prefetch((const char *)line + ahead, _MM_HINT_T1);
+        _mm_prefetch((const char *)line + ahead, _MM_HINT_T0);
     for (const uint8_t *line = record + map->value_mean; line < record + map->value_codes;
          line += 64)
-        _mm_prefetch((const char *)line + ahead, _MM_HINT_T1);
+        _mm_prefetch((const char *)line + ahead, _MM_HINT_T0);
     memcpy(terms->order, order, D);
     for (uint32_t slot = 0; slot < D; slot += 8) {
         uint32_t top = (1u << width[slot / (D / 4)]) - 1;

@@ -39,7 +39,7 @@ KV_INLINE void panel_unit(const uint8_t *unit, ptrdiff_t ahead, uint32_t k, uint
                           uint8_t *const to[8]) {
     vi turned[8];
     for (uint32_t line = 0; line < k / 4; line++)
-        _mm_prefetch((const char *)unit + ahead + 64 * line, _MM_HINT_T1);
+        _mm_prefetch((const char *)unit + ahead + 64 * line, _MM_HINT_T0);
     v_turn_unit(unit, k, turned);
     vi mask = v_set_i((width == 4 ? 0x0f : width == 2 ? 0x03 : 0x01) * 0x01010101);
     for (uint32_t j = 0; j < 8 / width; j++)
