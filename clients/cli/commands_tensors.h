@@ -8,7 +8,5 @@
 int run_append(struct ctl *ctl, int argc, const char **argv);
 int run_attend(struct ctl *ctl, int argc, const char **argv);
 int run_fetch(struct ctl *ctl, int argc, const char **argv);
-int run_put(struct ctl *ctl, int argc, const char **argv);
-int run_lookup(struct ctl *ctl, int argc, const char **argv);
 
 #endif

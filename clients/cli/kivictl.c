@@ -9,8 +9,10 @@
 #include <string.h>
 #include <time.h>
 
-static const struct command *const GROUPS[] = {SERVICE_COMMANDS, SESSION_COMMANDS};
-static const char *const TITLES[] = {"The service", "Sessions"};
+static const struct command *const GROUPS[] = {SERVICE_COMMANDS, SESSION_COMMANDS, BLOCK_COMMANDS,
+                                               BENCH_COMMANDS, DOCTOR_COMMANDS};
+static const char *const TITLES[] = {"The service", "Sessions", "Blocks", "Measurements",
+                                     "This machine"};
 enum { GROUP_COUNT = sizeof GROUPS / sizeof *GROUPS };
 
 static const char *const EXIT_CODES =

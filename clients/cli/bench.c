@@ -1,0 +1,137 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* bench.c - how measurements are reported, and the ones that other programs make. */
+#include "clients/cli/bench.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/utsname.h>
+#include <unistd.h>
+
+#include "clients/cli/benches.h"
+#include "clients/cli/daemon.h"
+
+void bench_row(struct bench *bench, struct bench_row row) {
+    if (bench->row_count < BENCH_ROWS_MAX) bench->rows[bench->row_count++] = row;
+}
+
+static int double_compare(const void *a, const void *b) {
+    double left = *(const double *)a, right = *(const double *)b;
+    return left < right ? -1 : left > right;
+}
+
+double bench_median(double *values, int count) {
+    qsort(values, (size_t)count, sizeof *values, double_compare);
+    return count % 2 ? values[count / 2] : (values[count / 2 - 1] + values[count / 2]) / 2;
+}
+
+void bench_fill(uint16_t *halves, size_t count) {
+    uint32_t state = 1;
+    for (size_t i = 0; i < count; i++) {
+        state = state * 1664525 + 1013904223;
+        /* Sign and mantissa at random, exponent 2^-3 .. 2^0. */
+        halves[i] = (uint16_t)((state >> 16 & 0x83FF) | (12 + (state >> 8 & 3)) << 10);
+    }
+}
+
+static void machine_name(char *text, size_t bytes) {
+    char line[256], model[128] = "unknown CPU";
+    FILE *file = fopen("/proc/cpuinfo", "r");
+    while (file && fgets(line, sizeof line, file))
+        if (sscanf(line, "model name : %127[^\n]", model) == 1) break;
+    if (file) fclose(file);
+    struct utsname name;
+    uname(&name);
+    snprintf(text, bytes, "%s, %ld cores, Linux %s", model, sysconf(_SC_NPROCESSORS_ONLN),
+             name.release);
+}
+
+/* Of the checkout we stand in, if we stand in one. */
+static void commit_name(char *text, size_t bytes) {
+    snprintf(text, bytes, "unknown");
+    FILE *git = popen("git rev-parse --short=12 HEAD 2>/dev/null", "r");
+    char line[64];
+    if (git && fgets(line, sizeof line, git)) snprintf(text, bytes, "%.*s", (int)strcspn(line, "\n"), line);
+    if (git) pclose(git);
+}
+
+static double row_ratio(const struct bench_row *row) {
+    return row->less_is_better ? row->opponent / row->ours : row->ours / row->opponent;
+}
+
+int bench_print(struct ctl *ctl, const struct bench *bench) {
+    char machine[320], commit[64];
+    machine_name(machine, sizeof machine);
+    commit_name(commit, sizeof commit);
+    bool missed = false;
+    json_t *rows = json_array();
+    struct table table;
+    table_begin(&table, "what|>ours|>opponent||unit|>ratio|>goal|");
+    for (int i = 0; i < bench->row_count; i++) {
+        const struct bench_row *row = &bench->rows[i];
+        bool compared = row->opponent > 0 && row->ours > 0;
+        double ratio = compared ? row_ratio(row) : 0;
+        bool met = compared && ratio >= row->goal;
+        missed |= compared && !met;
+        json_t *value = json_pack("{s:s, s:f, s:o, s:o, s:s, s:o, s:o, s:o}", "name", row->name,
+                                  "ours", row->ours, "opponent",
+                                  compared ? json_real(row->opponent) : json_null(),
+                                  "opponent_name",
+                                  compared ? json_string(row->opponent_name) : json_null(), "unit",
+                                  row->unit, "ratio", compared ? json_real(ratio) : json_null(),
+                                  "goal", compared ? json_real(row->goal) : json_null(), "met",
+                                  compared ? json_boolean(met) : json_null());
+        json_array_append_new(rows, value);
+        table_cell(&table, "%s", row->name);
+        table_cell(&table, "%.4g", row->ours);
+        if (compared) table_cell(&table, "%.4g", row->opponent);
+        else table_cell(&table, "-");
+        table_cell(&table, "%s", compared ? row->opponent_name : "");
+        table_cell(&table, "%s", row->unit);
+        if (compared) table_cell(&table, "%.2f", ratio);
+        else table_cell(&table, "-");
+        if (compared) table_cell(&table, "%.2f", row->goal);
+        else table_cell(&table, "-");
+        table_cell(&table, "%s", !compared ? "" : met ? "met" : "MISSED");
+    }
+    if (ctl->json) {
+        json_print(json_pack("{s:s, s:s, s:s, s:O}", "bench", bench->name, "machine", machine,
+                             "commit", commit, "rows", rows));
+    } else {
+        printf("%s  (%s, commit %s)\n", bench->name, machine, commit);
+        table_print(&table);
+    }
+    json_decref(rows);
+    return missed ? EXIT_MISSED : EXIT_DONE;
+}
+
+/* ---- Measurements inside a room are made by that room's own program ------------------------- */
+
+/* Becomes the helper; arguments are passed on as they are. */
+static int helper_become(struct ctl *ctl, const char *name, const char *bazel_path,
+                         const char **argv) {
+    char path[DAEMON_PATH_BYTES];
+    if (!program_find(name, bazel_path, path, sizeof path))
+        return ctl_say(ctl, EXIT_USAGE, "the program %s is not beside kivictl; build it with: bazel build //%s",
+                       name, bazel_path);
+    argv[0] = path;
+    execv(path, (char **)argv);
+    return ctl_say(ctl, EXIT_REFUSED, "%s cannot be run", path);
+}
+
+static int run_bench_disk(struct ctl *ctl, int argc, const char **argv) {
+    return helper_become(ctl, "disk_bench", "tests/bench/disk_bench", argv);
+}
+
+static int run_bench_attend(struct ctl *ctl, int argc, const char **argv) {
+    return helper_become(ctl, "attend_bench", "tests/bench/attend_bench", argv);
+}
+
+const struct command BENCH_COMMANDS[] = {
+    {"bench put", "", "blocks in, against a bare gRPC stream", run_bench_put},
+    {"bench step", "", "a decode step, against an empty call", run_bench_step},
+    {"bench restart", "", "finding everything again after a stop", run_bench_restart},
+    {"bench disk", "", "spill and restore, against fio", run_bench_disk},
+    {"bench attend", "", "attention on packed pages, against fp32", run_bench_attend},
+    {NULL, NULL, NULL, NULL},
+};
