@@ -333,6 +333,7 @@ static void minmax_group(uint8_t dtype, uint32_t n, uint32_t top, const uint16_t
         if (v > high) high = v;
     }
     low += 0.0f; /* as in fix(): -0 becomes +0 */
+    high += 0.0f;
     float span = kv_f32_of_element(kv_element_saturated(high - low, dtype), dtype);
     uint16_t scale16 = kv_element_saturated(span / (float)top, dtype);
     float scale = kv_f32_of_element(scale16, dtype);

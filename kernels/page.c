@@ -144,6 +144,84 @@ double kv_shape_bits(const struct kv_shape *shape) {
     return 8.0 * (double)kv_page_bytes(shape) / (2.0 * (double)kv_shape_elements(shape));
 }
 
+/* ---- pages from outside ----------------------------------------------------------------- */
+
+static uint32_t load_u16(const uint8_t *source) {
+    uint16_t value;
+    memcpy(&value, source, sizeof value);
+    return value;
+}
+
+/* Elements of which no exponent is all ones, and with a sign only where it may be. */
+static bool all_finite(const uint8_t *source, size_t count, uint8_t dtype, bool negative_too) {
+    uint32_t infinity = dtype == KV_DTYPE_BF16 ? 0x7f80 : 0x7c00;
+    for (size_t i = 0; i < count; i++) {
+        uint32_t element = load_u16(source + 2 * i);
+        if ((element & 0x7fff) >= infinity) return false;
+        if (!negative_too && element > 0x7fff) return false;
+    }
+    return true;
+}
+
+/* e4m3 has one NaN and no infinity. */
+static bool scales_valid(const uint8_t *scales, size_t count) {
+    for (size_t i = 0; i < count; i++)
+        if (scales[i] >= 0x7f) return false;
+    return true;
+}
+
+static bool is_permutation(const uint8_t *order, uint32_t count) {
+    bool seen[KV_HEAD_DIM_MAX] = {false};
+    for (uint32_t i = 0; i < count; i++) {
+        if (order[i] >= count || seen[order[i]]) return false;
+        seen[order[i]] = true;
+    }
+    return true;
+}
+
+static bool record_valid_unbiased(const struct kv_shape *shape, const struct kv_page_map *map,
+                                  const uint8_t *record) {
+    uint32_t D = shape->head_dim;
+    struct kv_page_header header;
+    memcpy(&header, record, sizeof header);
+    const uint8_t *key_factor = record + offsetof(struct kv_page_header, key_factor);
+    const uint8_t *value_factor = record + offsetof(struct kv_page_header, value_factor);
+    return header.mix < shape->codec.mix_count && header.zero0 == 0 &&
+           is_zero(header.zero, sizeof header.zero) &&
+           all_finite(key_factor, 1, KV_DTYPE_F16, false) &&
+           all_finite(value_factor, 1, KV_DTYPE_F16, false) &&
+           is_permutation(record + map->key_order, D) &&
+           scales_valid(record + map->key_scale, D) &&
+           all_finite(record + map->key_zero, D, KV_DTYPE_F16, true) &&
+           all_finite(record + map->value_mean, D, KV_DTYPE_F16, true) &&
+           scales_valid(record + map->value_scale, KV_BLOCK_TOKENS);
+}
+
+static bool record_valid_minmax(const struct kv_shape *shape, const struct kv_page_map *map,
+                                const uint8_t *record) {
+    size_t groups = (size_t)KV_BLOCK_TOKENS * shape->head_dim / shape->codec.group;
+    return all_finite(record + map->key_scale, groups, shape->dtype, false) &&
+           all_finite(record + map->key_zero, groups, shape->dtype, true) &&
+           all_finite(record + map->value_scale, groups, shape->dtype, false) &&
+           all_finite(record + map->value_zero, groups, shape->dtype, true);
+}
+
+bool kv_page_valid(const struct kv_shape *shape, const void *page) {
+    if (shape->codec.kind == KV_CODEC_RAW)
+        return all_finite(page, 2 * kv_shape_elements(shape), shape->dtype, true);
+    struct kv_page_map map = kv_page_map(shape);
+    for (uint32_t head = 0; head < shape->heads; head++) {
+        const uint8_t *record = (const uint8_t *)page + (size_t)head * map.record_bytes;
+        bool valid = shape->codec.kind == KV_CODEC_MINMAX
+                         ? record_valid_minmax(shape, &map, record)
+                         : record_valid_unbiased(shape, &map, record);
+        if (!valid) return false;
+    }
+    return true;
+}
+
+/* ---- names ------------------------------------------------------------------------------ */
+
 const struct kv_preset *kv_presets(size_t *count) {
     *count = PRESET_COUNT;
     return presets;

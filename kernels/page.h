@@ -138,10 +138,10 @@
  * KIVI (arXiv 2402.02750, its reference code at commit 876b4d2): in the element type,
  * r(x) = rounded to it (one binary32 operation, then rounded; saturating at the largest
  * finite value),
- *   min = min x + 0;  scale = r(r(max - min) / top);
+ *   min = min x + 0;  max = max x + 0;  scale = r(r(max - min) / top);
  *   code = rint(clamp(r(r(x - min) / scale), 0, top))
- * scale = 0: code 0 (the published code divides by zero there).  A minimum of -0 is stored as
- * +0, because which zero a minimum finds depends on the machine.
+ * scale = 0: code 0 (the published code divides by zero there).  The + 0 turns -0 into +0,
+ * because which zero a minimum or a maximum finds depends on the machine.
  *
  * Published layout, for import and export: 32-bit words, code j of a word in bits
  * [w j, w j + w), 32 / w codes per word:
@@ -199,6 +199,12 @@ bool kv_shape_valid(const struct kv_shape *shape);
 
 /* Sum of the widths of any mix (MINMAX: 4 key_bits): key_codes take 4 D times this. */
 uint32_t kv_codec_key_width_sum(const struct kv_codec *codec);
+
+/* [any thread] True if a packed page, kv_page_bytes() of it, is one that quantize could have
+ * made as far as its metadata shows: a mix of the codec, an order that is a permutation,
+ * scales that are finite and not negative, zeros and means that are finite, unused bytes 0.
+ * For pages that come from outside; any codes are valid.  RAW: every element is finite. */
+bool kv_page_valid(const struct kv_shape *shape, const void *page);
 
 /* Bits per element of a page, metadata counted. */
 double kv_shape_bits(const struct kv_shape *shape);

@@ -205,7 +205,7 @@ static struct options options_parse(int argc, char **argv) {
     struct options options = {
         .random = 200,
         .seed = (uint64_t)(lab_seconds() * 1e9),
-        .fixture = fixture_path("llama30m-wikitext.safetensors"),
+        .fixture = fixture_path("data/llama30m-wikitext.safetensors"),
     };
     int letter;
     while ((letter = getopt_long(argc, argv, "", names, NULL)) != -1) switch (letter) {

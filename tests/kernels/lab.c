@@ -306,8 +306,8 @@ const char *fixture_path(const char *name) {
     static char path[512];
     const char *root = getenv("TEST_SRCDIR"), *workspace = getenv("TEST_WORKSPACE");
     if (root != NULL && workspace != NULL)
-        snprintf(path, sizeof path, "%s/%s/tests/data/%s", root, workspace, name);
+        snprintf(path, sizeof path, "%s/%s/tests/%s", root, workspace, name);
     else
-        snprintf(path, sizeof path, "tests/data/%s", name);
+        snprintf(path, sizeof path, "tests/%s", name);
     return path;
 }

@@ -102,7 +102,7 @@ void fixture_close(struct fixture *fixture);
 /* False: no such tensor. */
 bool fixture_find(const struct fixture *fixture, const char *name, struct tensor *out);
 
-/* tests/data/NAME, also from where Bazel runs tests. */
+/* tests/NAME, also from where Bazel runs tests. */
 const char *fixture_path(const char *name);
 
 #endif
