@@ -568,8 +568,10 @@ void KV_LANES_FN(attend)(const struct kv_cpu_attend *task) {
         most = task->visible[r] > most ? task->visible[r] : most;
     memset(task->out, 0, (size_t)n * D * sizeof(float));
     if (task->shape->codec.value_rotated) memset(work->coded, 0, (size_t)n * D * sizeof(float));
-    memset(work->digit, 0, sizeof work->digit);
-    memset(&work->terms, 0, sizeof work->terms);
+    /* Digits come in 64s: past head_dim they meet codes of 0 and a top of 0. */
+    memset(work->terms.order, 0, sizeof work->terms.order);
+    memset(work->terms.key_top, 0, sizeof work->terms.key_top);
+    memset(work->terms.mean, 0, sizeof work->terms.mean); /* MINMAX has none */
 
     uint32_t token = task->token;
     for (uint32_t p = 0; p < task->page_count && token < most; p++) {

@@ -461,9 +461,8 @@ static void minmax(const float (*x)[16], uint32_t n, uint32_t top, int bf16, uin
         low  = v_min(low, v_load(x[i]));
         high = v_max(high, v_load(x[i]));
     }
-    low = v_add(low, v_zero());
-    /* Where all elements are zeros the definition's maximum is the first of them, sign and all. */
-    vf span  = v_sub(v_select(v_eq(high, low), v_load(x[0]), high), low);
+    low      = v_add(low, v_zero());
+    vf span  = v_add(v_sub(high, low), v_zero()); /* never -0 either */
     vf scale = v_round_half(v_div(v_round_half(span, bf16), v_set((float)top)), bf16);
     vm flat  = v_eq(scale, v_zero());
     vf most  = v_set((float)top);
