@@ -238,6 +238,11 @@ bool kv_log_wants_room(const struct kv_log *log) {
            log->segments[log->open].end_page > log->segment_pages / 2;
 }
 
+bool kv_log_is_stuck(const struct kv_log *log) {
+    return log->open == KV_SEGMENT_NONE && kv_log_available(log) == 0 &&
+           log->allocated >= log->segments_max;
+}
+
 static void open_close(struct kv_log *log) {
     log->segments[log->open].state = KV_SEGMENT_FULL;
     log->open                      = KV_SEGMENT_NONE;
@@ -270,6 +275,8 @@ static bool open_switch(struct kv_log *log) {
 enum kv_status kv_log_place(struct kv_log *log, struct kv_record *record, bool carry,
                             struct kv_place *out) {
     if (kv_log_is_paused(log)) return KV_IO_ERROR;
+    /* The last segment is open already: what is in the oldest one needs the rest of it. */
+    if (!carry && kv_log_available(log) == 0) return KV_BUSY;
     uint32_t pages = kv_record_pages(record->part_count, record->part_bytes);
     if (log->open != KV_SEGMENT_NONE &&
         !segment_takes(log, &log->segments[log->open], pages)) {
@@ -451,7 +458,8 @@ void kv_log_retire(struct kv_log *log, uint32_t slot) {
     KV_CHECK(segment->reads == 0 && segment->writes == 0 && !segment->busy);
     segment->state = KV_SEGMENT_FREE;
     log->in_use--;
-    if (log->allocated > log->segments_max &&
+    /* The cap has shrunk: files go, but not the one that is kept back. */
+    if (log->allocated > log->segments_max && kv_log_available(log) > 2 &&
         ftruncate(log->files[kv_log_file(slot)], 0) == 0) {
         segment->state = KV_SEGMENT_ABSENT;
         log->allocated--;

@@ -161,6 +161,8 @@ void kv_log_want_sync(struct kv_log *log, uint32_t slot);
 uint32_t kv_log_available(const struct kv_log *log);
 /* True when reclaiming should begin: little room is left, or the cap has shrunk. */
 bool kv_log_wants_room(const struct kv_log *log);
+/* True when not even what is carried can be placed, now or later. */
+bool kv_log_is_stuck(const struct kv_log *log);
 /* The oldest segment if it is SEALED or FAILED, else KV_SEGMENT_NONE. */
 uint32_t kv_log_oldest(const struct kv_log *log);
 /* Gives up a SEALED or FAILED segment without live records and reads. */

@@ -411,7 +411,7 @@ static bool index_rebuild(struct recovery *recovery, uint32_t slot, uint32_t *co
     return true;
 }
 
-/* The youngest segment goes on if it is whole and at least a quarter of it is free. */
+/* The youngest segment goes on being filled if at least a quarter of it is free. */
 static void resume(struct recovery *recovery) {
     struct kv_log *log = recovery->log;
     uint32_t youngest  = KV_SEGMENT_NONE;
@@ -421,8 +421,9 @@ static void resume(struct recovery *recovery) {
     if (youngest == KV_SEGMENT_NONE) return;
     struct kv_segment *segment = &log->segments[youngest];
     struct found *found        = &recovery->found[youngest];
-    if (segment->state != KV_SEGMENT_SEALED || segment->end_page > log->segment_pages / 4 * 3)
-        return;
+    bool worth = segment->end_page <= log->segment_pages / 4 * 3;
+    /* With no segment left to open it must be: it was the one that is kept back for carrying. */
+    if (segment->state != KV_SEGMENT_SEALED || (!worth && kv_log_available(log) > 0)) return;
 
     uint32_t count = 0;
     if (found->has_trailer ? !footer_take(recovery, youngest, &count)

@@ -166,10 +166,8 @@ static void turn(struct kv_store *store) {
     }
 }
 
-uint32_t kv_store_poll(struct kv_store *store) {
-    on_thread(store);
-    turn(store);
-    /* Taken off first: what a callback adds runs in the next turn. */
+/* Taken off first: what a callback adds runs in the next turn. */
+static uint32_t callbacks_run(struct kv_store *store) {
     struct kv_sync *sync   = store->syncs_done.head;
     struct kv_pin *pin     = store->pins_done.head;
     store->syncs_done.head = NULL;
@@ -186,6 +184,12 @@ uint32_t kv_store_poll(struct kv_store *store) {
         pin = next;
     }
     return count;
+}
+
+uint32_t kv_store_poll(struct kv_store *store) {
+    on_thread(store);
+    turn(store);
+    return callbacks_run(store);
 }
 
 /* Whether another turn would get anywhere without any I/O finishing first. */
@@ -228,8 +232,7 @@ void kv_store_close(struct kv_store *store) {
             kv_store_poll(store);
         }
         kv_log_finish(store->log, store->next_sequence, deadline);
-        /* Whoever still waited for a sync is told what came of it. */
-        kv_store_poll(store);
+        callbacks_run(store); /* whoever still waited for a sync is told what came of it */
     }
     store_free(store);
 }

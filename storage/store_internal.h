@@ -169,6 +169,8 @@ void kv_store_read_pump(struct kv_store *store);
 /* ---- store_reclaim.c ------------------------------------------------------------------- */
 
 void kv_store_reclaim_pump(struct kv_store *store);
+/* More keys than blocks_max before any segment is full: gives up one block of the log's head. */
+bool kv_store_reclaim_entry(struct kv_store *store);
 /* Whether a segment's records can be given up by reclaiming it. */
 bool kv_store_reclaim_full(const struct kv_store *store);
 

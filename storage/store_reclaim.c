@@ -235,6 +235,12 @@ static bool must_carry(struct kv_store *store, const struct kv_entry *entry) {
     return true;
 }
 
+/* Nothing more can be written for a while, and whoever waits for it is told. */
+static void disk_is_full(struct kv_store *store) {
+    store->reclaim.full_until_us = store->now_us + FULL_US;
+    kv_store_write_refuse(store);
+}
+
 /* Deals with live records until one has to be carried.  True when none is left. */
 static bool segment_sort(struct kv_store *store) {
     struct kv_reclaim *reclaim = &store->reclaim;
@@ -244,7 +250,15 @@ static bool segment_sort(struct kv_store *store) {
         if (index == KV_ENTRY_NONE) return true;
         struct kv_entry *entry = kv_store_entry(store, index);
         if (must_carry(store, entry)) {
-            if (carry_start(store, index) != KV_OK) return false;
+            enum kv_status status = carry_start(store, index);
+            if (status == KV_OK) continue;
+            if (!kv_log_is_stuck(store->log)) {
+                if (status == KV_BUSY && kv_log_available(store->log) == 0) disk_is_full(store);
+                return false;
+            }
+            /* Only damage leads here: a crash has left no segment to carry into.  One record is
+             * given up so that the others can be kept. */
+            kv_entry_lose_disk(store, index, KV_IO_ERROR);
         } else {
             store->stats.drops++;
             kv_entry_forget(store, index, KV_NOT_FOUND);
@@ -278,15 +292,31 @@ static void segment_pick(struct kv_store *store) {
     uint32_t slot = kv_log_oldest(store->log);
     if (slot == KV_SEGMENT_NONE) return;
     if (reclaim->fruitless > store->log->segments_max) {
-        reclaim->fruitless     = 0;
-        reclaim->full_until_us = store->now_us + FULL_US;
-        kv_store_write_refuse(store);
+        reclaim->fruitless = 0;
+        disk_is_full(store);
         return;
     }
     reclaim->active       = true;
     reclaim->slot         = slot;
     reclaim->hot_pages    = 0;
     reclaim->target_count = 0;
+}
+
+bool kv_store_reclaim_entry(struct kv_store *store) {
+    if (kv_log_oldest(store->log) != KV_SEGMENT_NONE) return false; /* a whole segment goes */
+    for (uint32_t slot = 0; slot < store->log->slot_count; slot++) {
+        uint32_t index = kv_log_segment(store->log, slot)->live.head;
+        for (; index != KV_ENTRY_NONE; index = kv_store_entry(store, index)->live.next) {
+            const struct kv_entry *entry = kv_store_entry(store, index);
+            if (entry->class == KV_CLASS_KEEP || entry->pins > 0 || entry->transfers > 0 ||
+                entry->state == KV_ENTRY_RESTORING || kv_entry_protected(store, entry))
+                continue;
+            store->stats.drops++;
+            kv_entry_forget(store, index, KV_NOT_FOUND);
+            return true;
+        }
+    }
+    return false;
 }
 
 void kv_store_reclaim_pump(struct kv_store *store) {

@@ -29,6 +29,7 @@ static bool extent_possible(const struct kv_store *store, const struct kv_block_
 static bool entry_available(struct kv_store *store) {
     if (store->visible < store->options.blocks_max) return true;
     if (!store->has_disk) return kv_store_evict_one(store);
+    if (kv_store_reclaim_entry(store)) return true;
     store->room_wanted = true;
     return false;
 }
