@@ -298,6 +298,9 @@ struct kv_request {
 struct kv_engine_options {
     struct kv_device *device;
     struct kv_store *store;
+    uint64_t arena_bytes;         /* the store's options, for decisions and for Stats */
+    uint64_t disk_bytes;
+    uint32_t blocks_max;
     uint32_t request_count;       /* requests that exist: 8 .. 4096 */
     uint32_t staging_count;       /* staging buffers */
     uint32_t message_bytes_max;   /* largest payload in; a staging buffer is 3 times that and

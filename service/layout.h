@@ -11,6 +11,8 @@
  * A block without token ids (a session that shares nothing) and a session's snapshot:
  *     digest   = SHA-256("kivi.private.v1" 00, 16 random bytes of the session, block number u64)
  *     snapshot = SHA-256("kivi.session.v1" 00, tenant secret [32], name)
+ *     tail     = SHA-256("kivi.tail.v1" 00, 16 random bytes of the session, generation u64,
+ *                chunk u32)
  *     layout   = SHA-256("kivi.record.layout.v1" 00, fingerprint)
  *
  * Threads.  [any thread]  Pure functions.
@@ -32,6 +34,7 @@ struct kv_digest kv_chain_next(const struct kv_digest *parent,
                                const uint32_t token_ids[KV_BLOCK_TOKENS]);
 struct kv_digest kv_digest_private(const uint8_t nonce[16], uint64_t block);
 struct kv_digest kv_digest_session(const char *name);
+struct kv_digest kv_digest_tail(const uint8_t nonce[16], uint64_t generation, uint32_t chunk);
 struct kv_digest kv_digest_layout_record(const struct kv_digest *fingerprint);
 
 #endif
