@@ -95,6 +95,9 @@ static enum kv_status open_engine(struct daemon *daemon, char *why) {
     struct kv_engine_options options = {
         .device             = daemon->device,
         .store              = daemon->store,
+        .arena_bytes        = config->arena_bytes,
+        .disk_bytes         = config->disk_path[0] ? config->disk_bytes : 0,
+        .blocks_max         = config->blocks_max,
         .request_count      = config->request_count,
         .staging_count      = config->staging_count,
         .message_bytes_max  = (uint32_t)config->message_bytes_max,

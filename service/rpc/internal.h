@@ -45,7 +45,7 @@ enum {
     COPY_MAX = 16 << 10,   /* payloads up to this are copied and their staging is freed at once */
     TICK_MS = 100,         /* of the helper */
     UNARY_WAIT_MS = 1000,  /* for a free request, then RESOURCE_EXHAUSTED */
-    CROWDED_STALL_MS = 1000, /* allowed to a client that does not read while others wait */
+    CROWDED_STALL_MS = 500, /* allowed to a client that does not read while others wait */
     DRAIN_IDLE_MS = 500,   /* a stream without traffic is ended this long into a drain */
     RETRY_MS = 20,         /* advice with RESOURCE_EXHAUSTED from here */
     TRAILERS_MAX = 3,

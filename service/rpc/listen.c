@@ -211,6 +211,8 @@ static void *listener_run(void *context) {
             if (fd == listener->sockets[0] || fd == listener->sockets[1]) {
                 accept_one(listener, fd);
             } else {
+                /* Taken out by hand: closing is not enough while gRPC has the other twin. */
+                epoll_ctl(listener->epoll, EPOLL_CTL_DEL, fd, NULL);
                 close(fd);
                 listener->connections--;
             }

@@ -324,7 +324,9 @@ void call_step(struct call *call, struct workspace *workspace) {
     }
 
     bool fatal = call->ending && call->end.code != GRPC_STATUS_OK;
-    if (!fatal && call->in && workspace && !call->accepting && flight_free(call)) {
+    /* A stream whose answer lies in staging and is not being read gets no second buffer. */
+    bool room = flight_free(call) && !(call->pins_staging && call->method->shape == SHAPE_DUPLEX);
+    if (!fatal && call->in && workspace && !call->accepting && room) {
         if (call->method->shape == SHAPE_PAGES)
             pages_accept(call, workspace);
         else

@@ -11,6 +11,7 @@ reflection, a stop in the middle of work, and what the daemon's memory does unde
 not behave.
 """
 
+import atexit
 import os
 import queue
 import signal
@@ -75,9 +76,10 @@ class Kivid:
                 **keys}
         flags = [f"--{key.replace('_', '-')}={value}" for key, value in keys.items()]
         self.process = subprocess.Popen([KIVID, *flags], stderr=self.log, stdin=subprocess.DEVNULL)
+        atexit.register(self.process.kill)  # whatever becomes of the test
         self.target = "unix://" + self.path
         for _ in range(200):
-            if os.path.exists(self.path) or self.process.poll() is not None:
+            if ": ready" in self.said() or self.process.poll() is not None:
                 break
             time.sleep(0.05)
 
@@ -140,7 +142,13 @@ class Sender:
         self.messages.put(None)
 
     def __iter__(self):
-        return iter(self.messages.get, None)
+        return self
+
+    def __next__(self):
+        one = self.messages.get()
+        if one is None:
+            raise StopIteration
+        return one
 
 
 class Case(unittest.TestCase):
@@ -586,7 +594,6 @@ class SocketTest(unittest.TestCase):
         self.assertTrue(os.path.exists(first.path))
         third = Kivid(listen=first.target)
         third.path, third.target = first.path, first.target
-        time.sleep(0.3)
         self.assertTrue(Stub(third.channel(), "kivi.v1.Admin").Stats(
             message("StatsRequest"), timeout=10).ready)
         third.stop()
@@ -595,18 +602,16 @@ class SocketTest(unittest.TestCase):
     def test_what_is_not_a_socket_is_not_removed(self):
         with tempfile.TemporaryDirectory() as directory:
             path = os.path.join(directory, "precious")
-            open(path, "w").write("data")
+            with open(path, "w") as file:
+                file.write("data")
             run = subprocess.run([KIVID, "--listen=unix://" + path, "--disk-path="],
                                  stderr=subprocess.PIPE, timeout=30)
             self.assertEqual(run.returncode, 3)
-            self.assertEqual(open(path).read(), "data")
+            with open(path) as file:
+                self.assertEqual(file.read(), "data")
 
     def test_tcp_on_the_loopback(self):
         kivid = Kivid(listen="", listen_tcp="127.0.0.1:0")
-        for _ in range(100):
-            if "tcp port" in kivid.said():
-                break
-            time.sleep(0.05)
         port = int(kivid.said().split("tcp port ")[1].split()[0])
         channel = grpc.insecure_channel(f"127.0.0.1:{port}")
         self.assertTrue(Stub(channel, "kivi.v1.Admin").Stats(message("StatsRequest"), timeout=10).ready)
@@ -625,7 +630,7 @@ class SocketTest(unittest.TestCase):
         held = [connect() for _ in range(4)]
         fifth = connect()
         self.assertEqual(fifth.recv(100), b"")  # closed at once
-        for one in held:
+        for one in (*held, fifth):
             one.close()
         time.sleep(0.3)
         channel = kivid.channel()
@@ -722,4 +727,9 @@ class HostileTest(unittest.TestCase):
 
 
 if __name__ == "__main__":
-    unittest.main(argv=[sys.argv[0], *sys.argv[3:]], verbosity=2)
+    program = unittest.main(argv=[sys.argv[0], *sys.argv[3:]], verbosity=2, exit=False,
+                            warnings="ignore")
+    sys.stderr.flush()
+    atexit._run_exitfuncs()
+    # At once: a stream that a failed test left open would keep grpcio's threads, and us, for ever.
+    os._exit(not program.result.wasSuccessful())
