@@ -6,18 +6,9 @@
  * be equal to the byte.  A difference means that the prose, the Python or the C is wrong.
  */
 #include <math.h>
-#include <setjmp.h>
-#include <stdarg.h>
-#include <stddef.h>
-#include <stdint.h>
-#include <stdio.h>
-
-#include <cmocka.h>
 
 #include "kernels/half.h"
-#include "tests/kernels/lab.h"
-
-enum { T = KV_BLOCK_TOKENS };
+#include "tests/kernels/cases.h"
 
 /* x -> 6364136223846793005 x + 1442695040888963407 mod 2^64; the upper 32 bits. */
 static uint32_t next(uint64_t *state) {
