@@ -35,8 +35,8 @@ static enum kv_status options_check(const struct kv_store_options *options, char
         wrong = "arena_bytes must be a positive multiple of 2 MiB";
     else if (options->arena_bytes / KV_ARENA_UNIT > 1u << 31)
         wrong = "arena_bytes must be at most 8 TiB";
-    else if (options->blocks_max < 1 || options->blocks_max > 1u << 29)
-        wrong = "blocks_max must be 1 to 2^29";
+    else if (options->blocks_max < 1 || options->blocks_max > 1u << 28)
+        wrong = "blocks_max must be 1 to 2^28";
     else if (options->io_depth < 1 || options->io_depth > 256)
         wrong = "io_depth must be 1 to 256";
     else if (options->path != NULL && options->segment_bytes % SEGMENT_BYTES_UNIT != 0)

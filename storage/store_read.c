@@ -15,8 +15,8 @@
  *
  *     [ header pages ][ the pages that cover the part ]
  *
- * entries_private[i] holds the entry and, in its two highest bits, whether block i is such a part
- * and whether this pin has begun the restore of block i. */
+ * entries_private[i] holds the entry and, in its highest bits, whether block i is such a part,
+ * whether this pin has begun the restore of block i, and whether it holds a pin on it. */
 #include "storage/store_internal.h"
 
 #include "proto/kv_check.h"
@@ -26,7 +26,8 @@
 
 #define OWN_PART 0x80000000u
 #define BEGUN 0x40000000u
-#define ENTRY_MASK 0x3fffffffu
+#define TAKEN 0x20000000u
+#define ENTRY_MASK 0x1fffffffu
 
 static uint32_t pin_entry(const struct kv_pin *pin, uint32_t block) {
     return pin->entries_private[block] & ENTRY_MASK;
@@ -146,30 +147,65 @@ static bool pin_take_block(struct kv_store *store, struct kv_pin *pin, uint32_t 
     return true;
 }
 
+static void pin_hold(struct kv_store *store, struct kv_pin *pin, uint32_t block) {
+    kv_entry_pin(store, pin_entry(pin, block));
+    pin->entries_private[block] |= TAKEN;
+}
+
 static void pin_give_all(struct kv_store *store, struct kv_pin *pin) {
     for (uint32_t block = 0; block < pin->count; block++) {
         if (pin->entries_private[block] & OWN_PART) part_give(store, pin, block);
-        kv_entry_unpin(store, pin_entry(pin, block));
+        if (pin->entries_private[block] & TAKEN) kv_entry_unpin(store, pin_entry(pin, block));
+        pin->entries_private[block] = pin_entry(pin, block);
     }
+}
+
+/* After pin_take_*() has failed at `block`: everything as it was. */
+static bool pin_undo(struct kv_store *store, struct kv_pin *pin, uint32_t block) {
+    pin->failed = block;
+    for (uint32_t i = 0; i < pin->count; i++) {
+        if (pin->entries_private[i] & BEGUN) restore_cancel(store, pin_entry(pin, i));
+    }
+    pin_give_all(store, pin);
+    return false;
+}
+
+static void pin_clear(struct kv_pin *pin) {
+    pin->from_disk = 0;
+    memset(pin->cold, 0, sizeof pin->cold);
+}
+
+/* What is in memory stays there, and the rest is found room for beside it. */
+static bool pin_take_all(struct kv_store *store, struct kv_pin *pin) {
+    pin_clear(pin);
+    for (uint32_t block = 0; block < pin->count; block++) {
+        pin_hold(store, pin, block); /* all of them first: so that none evicts another */
+    }
+    for (uint32_t block = 0; block < pin->count; block++) {
+        if (!pin_take_block(store, pin, block)) return pin_undo(store, pin, block);
+    }
+    return true;
+}
+
+/* The same for parts when memory is short: whole blocks of this very pin may be evicted, and their
+ * parts read instead, so that all fit as long as the parts do. */
+static bool pin_take_parts(struct kv_store *store, struct kv_pin *pin) {
+    pin_clear(pin);
+    for (int sweep = 0; sweep < 2; sweep++) {
+        for (uint32_t block = 0; block < pin->count; block++) {
+            if (pin->entries_private[block] & TAKEN) continue;
+            const struct kv_entry *entry = kv_store_entry(store, pin_entry(pin, block));
+            if (sweep == 0 && entry->state == KV_ENTRY_RESIDENT) continue;
+            pin_hold(store, pin, block);
+            if (!pin_take_block(store, pin, block)) return pin_undo(store, pin, block);
+        }
+    }
+    return true;
 }
 
 /* All or nothing. */
 static bool pin_take(struct kv_store *store, struct kv_pin *pin) {
-    pin->from_disk = 0;
-    memset(pin->cold, 0, sizeof pin->cold);
-    for (uint32_t block = 0; block < pin->count; block++) {
-        kv_entry_pin(store, pin_entry(pin, block)); /* first: so that none evicts another */
-    }
-    uint32_t taken = 0;
-    while (taken < pin->count && pin_take_block(store, pin, taken)) taken++;
-    if (taken == pin->count) return true;
-
-    pin->failed = taken;
-    for (uint32_t block = 0; block < taken; block++) {
-        if (pin->entries_private[block] & BEGUN) restore_cancel(store, pin_entry(pin, block));
-    }
-    pin_give_all(store, pin);
-    return false;
+    return pin_take_all(store, pin) || (pin->part >= 0 && pin_take_parts(store, pin));
 }
 
 /* Whether memory may become free without anybody giving up a pin: blocks are being written, and
