@@ -35,13 +35,19 @@ bool layout_of_file(struct ctl *ctl, const struct kvfile *kv,
 }
 
 bool session_existing(struct ctl *ctl, const char *name, struct kivi_session **session,
-                      struct kivi_session_state *state) {
+                      struct kivi_session_state *state, bool *was_open) {
     struct kivi_session_info info;
     if (kivi_session_describe(ctl->client, name, &info, NULL, NULL, NULL, 0, &ctl->error))
         return false;
+    *was_open = info.open;
     struct kivi_session_options options = {.name = name, .mode = KIVI_OPEN_EXISTING};
     options.fingerprint = info.fingerprint;
     return kivi_session_open(ctl->client, &options, session, state, 0, &ctl->error) == KIVI_OK;
+}
+
+void session_leave(struct kivi_session *session, bool was_open) {
+    if (was_open) kivi_session_abandon(session);
+    else kivi_session_close(session, true, 0, NULL);
 }
 
 static bool file_open(struct ctl *ctl, const char *path, struct kvfile *kv) {
@@ -139,6 +145,8 @@ static int append_file(struct ctl *ctl, const struct append_options *options,
         .token_count = options->prefix ? end : 0,
     };
     open.fingerprint = info.fingerprint;
+    struct kivi_session_info before = {.open = false};
+    kivi_session_describe(ctl->client, options->session, &before, NULL, NULL, NULL, 0, NULL);
     double began = ctl_seconds();
     if (kivi_session_open(ctl->client, &open, &session, &state, 0, &ctl->error))
         return ctl_failed(ctl);
@@ -150,11 +158,7 @@ static int append_file(struct ctl *ctl, const struct append_options *options,
     if (good && durability)
         good = !kivi_session_commit(session, durability, &reached, NULL, 0, &ctl->error);
     double committed = ctl_seconds();
-    if (good && durability) {
-        good = !kivi_session_close(session, false, 0, &ctl->error);
-    } else {
-        kivi_session_abandon(session);
-    }
+    session_leave(session, before.open || !durability);
     if (!good) return ctl_failed(ctl);
 
     uint64_t bytes = (end - begin) * kv->layers * 2 * kv->kv_heads * kv->head_dim *
@@ -275,10 +279,11 @@ static int attend_file(struct ctl *ctl, const struct kvfile *kv, const char *nam
                        const char *path) {
     struct kivi_session *session;
     struct kivi_session_state state;
-    if (!session_existing(ctl, name, &session, &state)) return ctl_failed(ctl);
+    bool was_open;
+    if (!session_existing(ctl, name, &session, &state, &was_open)) return ctl_failed(ctl);
     if (rows > state.length) rows = state.length;
     if (!file_fits(ctl, kv, &state.info.layout) || rows == 0) {
-        kivi_session_abandon(session);
+        session_leave(session, was_open);
         return rows ? EXIT_USAGE : ctl_say(ctl, EXIT_REFUSED, "the session is empty");
     }
 
@@ -295,7 +300,7 @@ static int attend_file(struct ctl *ctl, const struct kvfile *kv, const char *nam
     }
     progress_end(&progress);
     double seconds = ctl_seconds() - began;
-    kivi_session_abandon(session);
+    session_leave(session, was_open);
 
     int exit_code = EXIT_DONE;
     if (!good) exit_code = ctl_failed(ctl);
@@ -380,11 +385,12 @@ static int fetch_session(struct ctl *ctl, const char *name, uint64_t begin, uint
                          const char *path) {
     struct kivi_session *session;
     struct kivi_session_state state;
-    if (!session_existing(ctl, name, &session, &state)) return ctl_failed(ctl);
+    bool was_open;
+    if (!session_existing(ctl, name, &session, &state, &was_open)) return ctl_failed(ctl);
     const struct kivi_layout *layout = &state.info.layout;
     if (end == 0 || end > state.length) end = state.length;
     if (begin >= end) {
-        kivi_session_abandon(session);
+        session_leave(session, was_open);
         return ctl_say(ctl, EXIT_REFUSED, "the session has no such tokens");
     }
 
@@ -409,7 +415,7 @@ static int fetch_session(struct ctl *ctl, const char *name, uint64_t begin, uint
     }
     progress_end(&progress);
     double seconds = ctl_seconds() - began;
-    kivi_session_abandon(session);
+    session_leave(session, was_open);
 
     int exit_code = EXIT_DONE;
     uint64_t bytes_out = 2ull * layout->layers * bytes;

@@ -27,7 +27,11 @@ bool layout_of_file(struct ctl *ctl, const struct kvfile *kv,
 
 /* Opens a session by name that must exist.  False: ctl->error. */
 bool session_existing(struct ctl *ctl, const char *name, struct kivi_session **session,
-                      struct kivi_session_state *state);
+                      struct kivi_session_state *state, bool *was_open);
+
+/* Leaves it as it was found: open if somebody else has it open, closed otherwise, so that a command
+ * leaves no tail in the service's memory. */
+void session_leave(struct kivi_session *session, bool was_open);
 
 /* Memory, or the end: kivictl has nothing to fall back on. */
 void *ctl_alloc(size_t bytes);
