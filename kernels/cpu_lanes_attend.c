@@ -19,8 +19,9 @@
  *     noise = step sqrt(sum over slots of var(code) / 12),  var(code) <= top (top + 2) / 12
  *
  * rms, which is 3e-4 of the largest |q s| at worst.  That is an absolute error of the score, so
- * a relative one of p: where noise would exceed NOISE_MAX = 2^-13, as it does for peaked softmax
- * and for outlying channels, a third digit is multiplied, and it is 256 times less.
+ * a relative one of p: where noise would exceed NOISE_MAX = 2^-13, as it does for peaked softmax,
+ * or be large beside the scores themselves, as with one outlying channel, a third digit is
+ * multiplied, and it is 256 times less.
  *
  * Work for one page goes in this order, so that codes are unpacked once for any number of
  * query vectors and everything but the page itself stays in the nearest caches:
@@ -40,7 +41,8 @@ enum {
     T           = KV_BLOCK_TOKENS,
 };
 
-static const float NOISE_MAX = 0x1p-13f;
+static const float NOISE_MAX       = 0x1p-13f;
+static const float NOISE_SHARE_MAX = 0x1p-17f; /* of the size that scores can have */
 
 /* What a page's keys and values multiply with, as floats: filled from a record once per page. */
 struct page_terms {
@@ -257,16 +259,20 @@ KV_INLINE float digits(const float *x, uint32_t count, float most, bool fine, di
 static void query_digits(const struct page_terms *terms, uint32_t group, uint32_t D, bool identity,
                          const float *query, struct work *work, uint32_t i) {
     float product[KV_HEAD_DIM_MAX];
-    vf greatest = v_zero(), bias = v_zero();
+    vf greatest = v_zero(), total = v_zero(), bias = v_zero();
     for (uint32_t c = 0; c < D; c += 16) {
         vf q = v_load(query + c);
         vf x = v_mul(q, v_load(terms->key_scale[group] + c));
         v_store(product + c, x);
         greatest = v_max(greatest, v_abs(x));
+        total    = v_add(total, v_abs(x));
         bias     = v_fma(q, v_load(terms->key_zero[group] + c), bias);
     }
-    float most                      = v_greatest(greatest);
-    bool fine                       = terms->key_noise * most > NOISE_MAX * (float)DIGITS_MAX;
+    float most  = v_greatest(greatest);
+    float noise = terms->key_noise * most / (float)DIGITS_MAX;
+    float reach =
+        v_sum(total) * (0.5f * (float)terms->key_top[0]); /* the first quarter is the widest */
+    bool fine                       = noise > NOISE_MAX || noise > NOISE_SHARE_MAX * reach;
     work->fine[i]                   = fine;
     int8_t(*digit)[KV_HEAD_DIM_MAX] = work->digit[i];
     if (identity) {
@@ -437,64 +443,124 @@ static void packed_values(const struct kv_cpu_attend *task, struct work *work,
     }
 }
 
-/* Raw pages: the elements are widened sixteen tokens at a time, then used by every vector of the block. */
+/* Raw pages: the elements are widened once, a few tokens at a time, and then met by every vector of the
+ * block: four tokens by four vectors, or four pieces of output by four vectors, are sixteen sums in flight. */
+KV_INLINE void raw_dot(const float *query, uint32_t D, const float (*row)[KV_HEAD_DIM_MAX],
+                       const int vectors, float (*score)[T]) {
+    vf sum[4][4];
+#pragma GCC unroll 4
+    for (int i = 0; i < vectors; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++)
+            sum[i][j] = v_zero();
+    for (uint32_t c = 0; c < D; c += 16) {
+        vf key[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++)
+            key[j] = v_load(row[j] + c);
+#pragma GCC unroll 4
+        for (int i = 0; i < vectors; i++) {
+            vf q = v_load(query + (uint32_t)i * D + c);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++)
+                sum[i][j] = v_fma(q, key[j], sum[i][j]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < vectors; i++)
+        v_sum_four(sum[i], score[i]);
+}
+
 static void raw_scores(const struct kv_cpu_attend *task, struct work *work, const struct span *span,
                        const uint16_t *keys) {
     uint32_t D = task->shape->head_dim;
     int bf16   = task->shape->dtype == KV_DTYPE_BF16;
-    for (uint32_t t = 0; t < T; t += 4) {
-        if (t >= span->tokens) {
-            for (uint32_t i = 0; i < span->count; i++)
-                memset(work->score[i] + t, 0, 4 * sizeof(float));
-            continue;
-        }
-        for (uint32_t j = 0; j < 4;
-             j++) /* rows past the end repeat the last one: memory need not exist there */
-            for (uint32_t c = 0; c < D; c += 16) {
-                uint32_t token = t + j < span->tokens ? t + j : span->tokens - 1;
-                v_store(work->row[j] + c, v_load_half(keys + token * D + c, bf16));
-            }
-        for (uint32_t i = 0; i < span->count; i++) {
-            const float *query = task->query + (size_t)(span->first + i) * D;
-            vf dot[4]          = {v_zero(), v_zero(), v_zero(), v_zero()};
+    for (uint32_t t = 0; t < span->tokens; t += 4) {
+        for (uint32_t j = 0; j < 4; j++) {
+            /* Rows past the end repeat the last one: their scores are not seen, but are finite. */
+            const uint16_t *key = keys + (t + j < span->tokens ? t + j : span->tokens - 1) * D;
             for (uint32_t c = 0; c < D; c += 16)
-                for (int j = 0; j < 4; j++)
-                    dot[j] = v_fma(v_load(query + c), v_load(work->row[j] + c), dot[j]);
-            for (int j = 0; j < 4; j++)
-                work->score[i][t + j] = v_sum(dot[j]);
+                v_store(work->row[j] + c, v_load_half(key + c, bf16));
+        }
+        const float(*row)[KV_HEAD_DIM_MAX] = (const float(*)[KV_HEAD_DIM_MAX])work->row;
+        const float *query                 = task->query + (size_t)span->first * D;
+        uint32_t i                         = 0;
+        for (; i + 4 <= span->count; i += 4) {
+            float score[4][T];
+            raw_dot(query + (size_t)i * D, D, row, 4, score);
+            for (uint32_t k = 0; k < 4; k++)
+                memcpy(work->score[i + k] + t, score[k], 16);
+        }
+        for (; i < span->count; i++) {
+            float score[1][T];
+            raw_dot(query + (size_t)i * D, D, row, 1, score);
+            memcpy(work->score[i] + t, score[0], 16);
         }
     }
+    for (uint32_t t = (span->tokens + 3) & ~3u; t < T; t++)
+        for (uint32_t i = 0; i < span->count; i++)
+            work->score[i][t] = 0;
+}
+
+/* Adds p times `tokens` widened rows to a piece of `pieces` x 16 channels of some vectors' outputs. */
+KV_INLINE void raw_add(float (*p)[T], uint32_t tokens, const float *row, float *out, uint32_t D,
+                       const int pieces, const int vectors) {
+    vf sum[4][4];
+#pragma GCC unroll 4
+    for (int i = 0; i < vectors; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < pieces; j++)
+            sum[i][j] = v_load(out + (uint32_t)i * D + 16 * j);
+    for (uint32_t t = 0; t < tokens; t++) {
+        vf value[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < pieces; j++)
+            value[j] = v_load(row + t * KV_HEAD_DIM_MAX + 16 * j);
+#pragma GCC unroll 4
+        for (int i = 0; i < vectors; i++) {
+            vf weight = v_set(p[i][t]);
+#pragma GCC unroll 4
+            for (int j = 0; j < pieces; j++)
+                sum[i][j] = v_fma(weight, value[j], sum[i][j]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < vectors; i++)
+#pragma GCC unroll 4
+        for (int j = 0; j < pieces; j++)
+            v_store(out + (uint32_t)i * D + 16 * j, sum[i][j]);
+}
+
+static void fade_rows(float *rows, uint32_t D, const float *fade, uint32_t count) {
+    for (uint32_t i = 0; i < count; i++)
+        for (uint32_t c = 0; c < D; c += 16)
+            v_store(rows + i * D + c, v_mul(v_load(rows + i * D + c), v_set(fade[i])));
 }
 
 static void raw_values(const struct kv_cpu_attend *task, struct work *work, const struct span *span,
                        const uint16_t *values) {
     uint32_t D = task->shape->head_dim;
     int bf16   = task->shape->dtype == KV_DTYPE_BF16;
-    for (uint32_t i = 0; i < span->count; i++) {
-        float *to = task->out + (size_t)(span->first + i) * D;
-        for (uint32_t c = 0; c < D; c += 16)
-            v_store(to + c, v_mul(v_load(to + c), v_set(work->fade[i])));
-        if (!task->shape->codec.value_rotated) continue;
-        float *coded = work->coded + (size_t)(span->first + i) * D;
-        for (uint32_t c = 0; c < D; c += 16)
-            v_store(coded + c, v_mul(v_load(coded + c), v_set(work->fade[i])));
-    }
+    float *out = task->out + (size_t)span->first * D;
+    fade_rows(out, D, work->fade, span->count);
+    if (task->shape->codec.value_rotated)
+        fade_rows(work->coded + (size_t)span->first * D, D, work->fade, span->count);
     for (uint32_t t = 0; t < span->tokens; t += 16) {
         uint32_t tokens = span->tokens - t < 16 ? span->tokens - t : 16;
         for (uint32_t j = 0; j < tokens; j++)
             for (uint32_t c = 0; c < D; c += 16)
                 v_store(work->row[j] + c, v_load_half(values + (t + j) * D + c, bf16));
-        for (uint32_t i = 0; i < span->count; i++) {
-            float *to = task->out + (size_t)(span->first + i) * D;
+        for (uint32_t i = 0, n; i < span->count; i += n) {
+            n = span->count - i >= 4 ? 4 : 1;
+            float p[4][T]; /* only 16 of a row are used */
+            for (uint32_t k = 0; k < n; k++)
+                memcpy(p[k], work->score[i + k] + t, 16 * sizeof(float));
             for (uint32_t c = 0; c < D; c += 32) {
-                vf low = v_load(to + c), high = v_load(to + c + 16);
-                for (uint32_t j = 0; j < tokens; j++) {
-                    vf p = v_set(work->score[i][t + j]);
-                    low  = v_fma(p, v_load(work->row[j] + c), low);
-                    high = v_fma(p, v_load(work->row[j] + c + 16), high);
-                }
-                v_store(to + c, low);
-                v_store(to + c + 16, high);
+                float *to = out + (size_t)i * D + c;
+                if (n == 4)
+                    raw_add(p, tokens, work->row[0] + c, to, D, 2, 4);
+                else
+                    raw_add(p, tokens, work->row[0] + c, to, D, 2, 1);
             }
         }
     }

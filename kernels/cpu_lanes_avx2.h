@@ -246,6 +246,14 @@ KV_INLINE void v_turn_8_(const __m256 x[8], __m256 y[8]) {
     }
 }
 
+/* The sums of four vectors. */
+KV_INLINE void v_sum_four(const vf x[4], float *to) {
+    __m256 a = _mm256_hadd_ps(_mm256_add_ps(x[0].a, x[0].b), _mm256_add_ps(x[1].a, x[1].b));
+    __m256 b = _mm256_hadd_ps(_mm256_add_ps(x[2].a, x[2].b), _mm256_add_ps(x[3].a, x[3].b));
+    __m256 s = _mm256_hadd_ps(a, b);
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+}
+
 /* x[i] lane j becomes x[j] lane i. */
 KV_INLINE void v_turn_16(vf x[16]) {
     __m256 in[8], out[4][8];
