@@ -11,9 +11,7 @@
 #include <inttypes.h>
 #include <stdlib.h>
 
-#include "kernels/page.h"
 #include "proto/kv_check.h"
-#include "service/engine.h"
 #include "service/log.h"
 
 enum kind {
@@ -101,8 +99,9 @@ static const struct key keys[] = {
     {NULL, "rpc_bytes_max", KIND_BYTES, AT(rpc_bytes_max), "256MiB", 16 * MIB, 1 * TIB, NULL,
      "Memory for messages on their way in and out of the transport, at least 16 "
      "message_bytes_max. Clients that need more of it than there is are cut off."},
-    {NULL, "rpc_threads", KIND_COUNT, AT(rpc_threads), "2", 1, 64, NULL,
-     "Threads that decode and encode."},
+    {NULL, "rpc_threads", KIND_COUNT, AT(rpc_threads), "1", 1, 64, NULL,
+     "Threads that decode and encode. One serves several GB/s; more help only with many clients and "
+     "many cores, and cost latency otherwise."},
     {NULL, "spin_us", KIND_COUNT, AT(spin_us), "0", 0, 1000000, NULL,
      "Microseconds such a thread looks for work before it sleeps. 50 halves the latency of a "
      "decode step and costs a core per thread while there is traffic."},
@@ -340,7 +339,7 @@ struct kv_config_memory kv_config_memory(const struct kv_config *config) {
     struct kv_config_memory memory = {
         .arena     = config->arena_bytes,
         .staging   = config->staging_count * (3 * config->message_bytes_max + 64 * KIB),
-        .requests  = (uint64_t)config->request_count * sizeof(struct kv_request),
+        .requests  = (uint64_t)config->request_count * KV_CONFIG_REQUEST_BYTES,
         /* Each thread that decodes also has room for one message taken apart. */
         .transport = config->rpc_bytes_max +
                      (config->rpc_threads + 1) * (3 * config->message_bytes_max + 64 * KIB),

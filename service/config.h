@@ -27,6 +27,7 @@ enum {
     KV_CONFIG_KEYS_MAX = 64,
     KV_CONFIG_WHY_MAX = 512,    /* bytes of an explanation */
     KV_CONFIG_FILE_MAX = 1 << 20,
+    KV_CONFIG_REQUEST_BYTES = 32 << 10, /* of the engine's struct kv_request, rounded up */
 };
 
 enum kv_log_format { KV_LOG_TEXT = 0, KV_LOG_JSON = 1 };

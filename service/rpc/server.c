@@ -25,6 +25,8 @@
 #include "proto/descriptors_c.h"
 #include "service/rpc/internal.h"
 
+static_assert(sizeof(struct kv_request) <= KV_CONFIG_REQUEST_BYTES, "the memory that is promised");
+
 bool server_ready(struct kv_rpc *rpc) {
     pthread_mutex_lock(&rpc->lock);
     bool draining = rpc->draining;

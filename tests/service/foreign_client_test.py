@@ -76,6 +76,7 @@ class Kivid:
                 **keys}
         flags = [f"--{key.replace('_', '-')}={value}" for key, value in keys.items()]
         self.process = subprocess.Popen([KIVID, *flags], stderr=self.log, stdin=subprocess.DEVNULL)
+        self.told_to_stop = False
         atexit.register(self.process.kill)  # whatever becomes of the test
         self.target = "unix://" + self.path
         for _ in range(200):
@@ -99,9 +100,14 @@ class Kivid:
         with open(self.log.name) as log:
             return log.read()
 
+    def terminate(self):
+        self.told_to_stop = True
+        self.process.send_signal(signal.SIGTERM)
+
     def stop(self, expect=0):
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
+        """Waits for the end; a second signal would end the grace, so there is at most one here."""
+        if self.process.poll() is None and not self.told_to_stop:
+            self.terminate()
         code = self.process.wait(30)
         said = self.said()
         self.log.close()
@@ -513,7 +519,7 @@ class DrainTest(unittest.TestCase):
         sender.send(attend_frame(session, layer=200, ident=1))
         time.sleep(0.1)
 
-        kivid.process.send_signal(signal.SIGTERM)
+        kivid.terminate()
         self.assertEqual(next(watch).status, 2)  # NOT_SERVING
         self.assertEqual(next(call).id, 1)
         for ident in range(2, 6):  # a stream that goes on is let go on
@@ -539,7 +545,7 @@ class DrainTest(unittest.TestCase):
         sender.send(frame(session, 0))
         next(call)
         began = time.monotonic()
-        kivid.process.send_signal(signal.SIGTERM)
+        kivid.terminate()
         with self.assertRaises(grpc.RpcError):
             next(call)
         self.assertEqual(call.code(), grpc.StatusCode.UNAVAILABLE)
@@ -567,8 +573,9 @@ class DrainTest(unittest.TestCase):
         sender.send(attend_frame(session, layer=201))
         time.sleep(0.2)
         began = time.monotonic()
-        kivid.process.send_signal(signal.SIGTERM)
+        kivid.terminate()
         time.sleep(0.3)
+        kivid.terminate()
         kivid.stop(expect=1)
         self.assertLess(time.monotonic() - began, 20)
         sender.done()
@@ -714,7 +721,11 @@ class HostileTest(unittest.TestCase):
         stop.set()
         print(f"peak {peak[0] >> 20} MiB of {self.allowed() >> 20}, {served} calls served beside, "
               f"the slowest {worst:.2f} s", flush=True)
-        self.assertLess(peak[0], self.allowed())
+        with open(KIVID, "rb") as program:
+            text = program.read()
+        sanitized = b"__asan_init" in text or b"__tsan_init" in text
+        if not sanitized:  # a sanitizer's own memory is in nobody's configuration
+            self.assertLess(peak[0], self.allowed())
         self.assertGreater(served, 10)
         self.assertIn("does not read", kivid.said())
         for one, sender, call in hostile:
