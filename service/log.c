@@ -32,7 +32,7 @@ static struct {
 
 static const char *const level_names[] = {"debug", "info", "warn", "error"};
 
-void kv_log_open(enum kv_log_level least, bool json) {
+void kv_log_start(enum kv_log_level least, bool json) {
     state.least = least;
     state.json = json;
 }

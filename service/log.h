@@ -24,7 +24,7 @@ enum {
 };
 
 /* At start, before other threads.  Without it: text, from INFO. */
-void kv_log_open(enum kv_log_level least, bool json);
+void kv_log_start(enum kv_log_level least, bool json);
 
 /* `format` must be a literal: it is what tells one place from another. */
 void kv_log(enum kv_log_level level, const char *format, ...) __attribute__((format(printf, 2, 3)));

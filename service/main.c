@@ -197,7 +197,7 @@ int main(int argc, char **argv) {
         kv_config_print(&daemon.config, stdout);
         return EXIT_DONE;
     }
-    kv_log_open((enum kv_log_level)daemon.config.log_level,
+    kv_log_start((enum kv_log_level)daemon.config.log_level,
                 daemon.config.log_format == KV_LOG_JSON);
     raise_descriptors();
 
