@@ -315,7 +315,7 @@ struct kivi_appended {
     uint64_t length;         /* of the layer */
     uint64_t session_length; /* tokens that every layer has */
     uint64_t sealed_tokens;
-    uint32_t blocks_shared;  /* blocks that the service held already */
+    uint32_t blocks_shared;  /* blocks completed by this call that the service held already */
 };
 
 /* `result` is filled on failure too, with the last part that is known to be appended; zero if none

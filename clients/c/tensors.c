@@ -61,7 +61,7 @@ static int append_receive(struct stream *stream, struct kivi_appended *result,
         .length = answer->length,
         .session_length = answer->session_length,
         .sealed_tokens = answer->sealed_tokens,
-        .blocks_shared = answer->blocks_shared,
+        .blocks_shared = result->blocks_shared + answer->blocks_shared,
     };
     kivi__v1__append_response__free_unpacked(answer, NULL);
     return KIVI_OK;

@@ -34,13 +34,17 @@ bool layout_of_file(struct ctl *ctl, const struct kvfile *kv,
     return kivi_layout_register(ctl->client, &layout, info, NULL, 0, &ctl->error) == KIVI_OK;
 }
 
-bool session_existing(struct ctl *ctl, const char *name, struct kivi_session **session,
-                      struct kivi_session_state *state, bool *was_open) {
+bool session_existing(struct ctl *ctl, const char *name, const char *salt,
+                      struct kivi_session **session, struct kivi_session_state *state,
+                      bool *was_open) {
     struct kivi_session_info info;
     if (kivi_session_describe(ctl->client, name, &info, NULL, NULL, NULL, 0, &ctl->error))
         return false;
     *was_open = info.open;
-    struct kivi_session_options options = {.name = name, .mode = KIVI_OPEN_EXISTING};
+    struct kivi_session_options options = {.name = name,
+                                           .mode = KIVI_OPEN_EXISTING,
+                                           .salt = salt,
+                                           .salt_bytes = salt ? strlen(salt) : 0};
     options.fingerprint = info.fingerprint;
     return kivi_session_open(ctl->client, &options, session, state, 0, &ctl->error) == KIVI_OK;
 }
@@ -109,7 +113,10 @@ static bool append_tokens(struct ctl *ctl, const struct append_options *options,
             .token_ids = kv->token_ids && !options->no_ids ? kv->token_ids + at : NULL,
             .query_energy = energy,
         };
-        code = kivi_session_append(session, &append, result, 0, &ctl->error);
+        struct kivi_appended step;
+        code = kivi_session_append(session, &append, &step, 0, &ctl->error);
+        step.blocks_shared += result->blocks_shared;
+        *result = step;
         progress_update(&progress, at + count - begin);
     }
     progress_end(&progress);
@@ -275,12 +282,12 @@ static bool outputs_write(struct ctl *ctl, const struct kvfile *kv, const char *
     return false;
 }
 
-static int attend_file(struct ctl *ctl, const struct kvfile *kv, const char *name, uint64_t rows,
-                       const char *path) {
+static int attend_file(struct ctl *ctl, const struct kvfile *kv, const char *name,
+                       const char *salt, uint64_t rows, const char *path) {
     struct kivi_session *session;
     struct kivi_session_state state;
     bool was_open;
-    if (!session_existing(ctl, name, &session, &state, &was_open)) return ctl_failed(ctl);
+    if (!session_existing(ctl, name, salt, &session, &state, &was_open)) return ctl_failed(ctl);
     if (rows > state.length) rows = state.length;
     if (!file_fits(ctl, kv, &state.info.layout) || rows == 0) {
         session_leave(session, was_open);
@@ -320,10 +327,11 @@ static int attend_file(struct ctl *ctl, const struct kvfile *kv, const char *nam
 }
 
 int run_attend(struct ctl *ctl, int argc, const char **argv) {
-    char *session = NULL, *path = NULL;
+    char *session = NULL, *salt = NULL, *path = NULL;
     int rows = 0, exit_code;
     const struct poptOption own[] = {
         {"session", 's', POPT_ARG_STRING, &session, 0, "the session's name", "NAME"},
+        {"salt", 0, POPT_ARG_STRING, &salt, 0, "the one it was made with", "TEXT"},
         {"rows", 'r', POPT_ARG_INT, &rows, 0, "of the newest queries (all in the file)", "N"},
         {"out", 'o', POPT_ARG_STRING, &path, 0,
          "write out.L [query heads, rows, dim] and lse.L [query heads, rows], F32, safetensors",
@@ -341,7 +349,7 @@ int run_attend(struct ctl *ctl, int argc, const char **argv) {
     if (wanted == 0)
         exit_code = ctl_say(ctl, EXIT_USAGE, "%s: there is no q.L", ctl->arguments[0]);
     else
-        exit_code = ctl_connect(ctl) ? attend_file(ctl, &kv, session, wanted, path) : EXIT_USAGE;
+        exit_code = ctl_connect(ctl) ? attend_file(ctl, &kv, session, salt, wanted, path) : EXIT_USAGE;
     kvfile_close(&kv);
     return exit_code;
 }
@@ -381,12 +389,12 @@ static bool fetch_layer(struct ctl *ctl, struct kivi_session *session, uint32_t 
     return code == KIVI_OK;
 }
 
-static int fetch_session(struct ctl *ctl, const char *name, uint64_t begin, uint64_t end,
-                         const char *path) {
+static int fetch_session(struct ctl *ctl, const char *name, const char *salt, uint64_t begin,
+                         uint64_t end, const char *path) {
     struct kivi_session *session;
     struct kivi_session_state state;
     bool was_open;
-    if (!session_existing(ctl, name, &session, &state, &was_open)) return ctl_failed(ctl);
+    if (!session_existing(ctl, name, salt, &session, &state, &was_open)) return ctl_failed(ctl);
     const struct kivi_layout *layout = &state.info.layout;
     if (end == 0 || end > state.length) end = state.length;
     if (begin >= end) {
@@ -435,11 +443,12 @@ static int fetch_session(struct ctl *ctl, const char *name, uint64_t begin, uint
 }
 
 int run_fetch(struct ctl *ctl, int argc, const char **argv) {
-    char *session = NULL, *path = NULL;
+    char *session = NULL, *salt = NULL, *path = NULL;
     long begin = 0, end = 0;
     int exit_code;
     const struct poptOption own[] = {
         {"session", 's', POPT_ARG_STRING, &session, 0, "the session's name", "NAME"},
+        {"salt", 0, POPT_ARG_STRING, &salt, 0, "the one it was made with", "TEXT"},
         {"begin", 0, POPT_ARG_LONG, &begin, 0, "first token (0)", "N"},
         {"end", 0, POPT_ARG_LONG, &end, 0, "token behind the last (the session's length)", "N"},
         {"out", 'o', POPT_ARG_STRING, &path, 0,
@@ -451,5 +460,5 @@ int run_fetch(struct ctl *ctl, int argc, const char **argv) {
     if (!session) return ctl_say(ctl, EXIT_USAGE, "--session is missing");
     if (begin < 0 || end < 0) return ctl_say(ctl, EXIT_USAGE, "tokens begin at 0");
     if (!ctl_connect(ctl)) return EXIT_USAGE;
-    return fetch_session(ctl, session, (uint64_t)begin, (uint64_t)end, path);
+    return fetch_session(ctl, session, salt, (uint64_t)begin, (uint64_t)end, path);
 }

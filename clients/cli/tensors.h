@@ -26,8 +26,9 @@ bool layout_of_file(struct ctl *ctl, const struct kvfile *kv,
                     const struct layout_options *options, struct kivi_layout_info *info);
 
 /* Opens a session by name that must exist.  False: ctl->error. */
-bool session_existing(struct ctl *ctl, const char *name, struct kivi_session **session,
-                      struct kivi_session_state *state, bool *was_open);
+bool session_existing(struct ctl *ctl, const char *name, const char *salt,
+                      struct kivi_session **session, struct kivi_session_state *state,
+                      bool *was_open);
 
 /* Leaves it as it was found: open if somebody else has it open, closed otherwise, so that a command
  * leaves no tail in the service's memory. */
