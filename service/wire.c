@@ -89,6 +89,8 @@ static bool cursor_head(struct cursor *at, uint32_t *number, unsigned *type, uin
 enum kv_status kv_wire_split(const struct kv_span *pieces, size_t piece_count, uint8_t *scratch,
                              size_t scratch_bytes, struct kv_wire *out) {
     struct cursor at = {pieces, pieces + piece_count, 0};
+    size_t left = 0; /* of the message, behind the cursor */
+    for (size_t i = 0; i < piece_count; i++) left += pieces[i].count;
     *out = (struct kv_wire){.rest = scratch, .end = at.end};
 
     while (cursor_settle(&at)) {
@@ -97,20 +99,22 @@ enum kv_status kv_wire_split(const struct kv_span *pieces, size_t piece_count, u
         uint32_t number;
         unsigned type;
         if (!cursor_head(&at, &number, &type, raw, &raw_bytes, &bytes)) return KV_INVALID;
+        left -= raw_bytes;
+        if (bytes > left) return KV_INVALID;
+        left -= bytes;
 
         if (number == KV_WIRE_DATA_FIELD && type == TYPE_COUNTED) {
             cursor_settle(&at);
             out->data = at.piece;
             out->data_offset = at.offset;
             out->data_bytes = bytes;
-            if (!cursor_take(&at, bytes, NULL)) return KV_INVALID;
+            cursor_take(&at, bytes, NULL);
             continue;
         }
-        /* bytes <= INT_MAX, so the sum cannot wrap. */
         if (raw_bytes + bytes > scratch_bytes - out->rest_bytes) return KV_BUSY;
         memcpy(scratch + out->rest_bytes, raw, raw_bytes);
         out->rest_bytes += raw_bytes;
-        if (!cursor_take(&at, bytes, scratch + out->rest_bytes)) return KV_INVALID;
+        cursor_take(&at, bytes, scratch + out->rest_bytes);
         out->rest_bytes += bytes;
     }
     return KV_OK;
