@@ -235,7 +235,9 @@ struct kv_fetch { /* FETCH */
     uint32_t layer;                  /* in */
     uint64_t begin;                  /* in */
     uint32_t tokens;                 /* in: 1 .. 128, not across a multiple of 128 */
-    uint64_t length;                 /* out: the session's, also when tokens is 0 (a question) */
+    /* out: the layer's length, or what all layers have when `layer` names none; also when tokens
+     * is 0 (a question) */
+    uint64_t length;
     uint32_t layers;                 /* out: the layout's */
 };
 

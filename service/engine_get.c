@@ -126,7 +126,8 @@ static void fetch_begin(struct kv_engine *engine, struct task *task) {
         return;
     }
     const struct kv_layout *l = &session->layout->info.layout;
-    fetch->length = session_length(session);
+    fetch->length = fetch->layer < l->layers ? session->length[fetch->layer]
+                                             : session_length(session);
     fetch->layers = l->layers;
     session->used_us = engine->now_us;
     uint64_t end = fetch->begin + fetch->tokens;

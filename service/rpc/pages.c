@@ -144,6 +144,7 @@ static bool get_next(struct pages *pages, struct flight *flight, struct kv_reque
 static void fetch_ask(struct pages *pages, struct kv_request *request) {
     request->kind = KV_REQUEST_FETCH;
     request->fetch.session = pages->plan.session;
+    request->fetch.layer = pages->plan.layer_count == 1 ? pages->plan.layers[0] : KV_LAYERS_MAX;
 }
 
 static enum verdict fetch_told(struct pages *pages, const struct kv_request *request,

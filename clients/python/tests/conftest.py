@@ -28,7 +28,7 @@ class Daemon:
     def start(self) -> None:
         log = (self.directory / "kivid.log").open("ab")
         self.process = subprocess.Popen(
-            [BINARIES / "service" / "kivid", f"--socket={self.socket}",
+            [BINARIES / "service" / "kivid", f"--listen=unix://{self.socket}",
              f"--disk-path={self.directory / 'data'}", "--disk-bytes=1GiB",
              "--arena-bytes=256MiB"], stdout=log, stderr=log)
         with kivi.Client(self.target, retries=0) as client:
