@@ -57,6 +57,14 @@ void lab_stop(struct lab *lab);
  * the same options.  Not started. */
 void lab_crash(const struct lab *lab, struct lab *image);
 
+/* From here on directories are made in memory, if there is such a file system: for tests that care
+ * for bytes and open a store a thousand times. */
+void lab_use_memory(void);
+
+/* Only the cases whose names match the pattern in the environment's KIVI_TEST_FILTER, if it is
+ * set; for main() to call first. */
+void lab_filter(void);
+
 /* ---- numbers ------------------------------------------------------------------------------ */
 
 /* A stream of random numbers that a seed replays on every machine. */
