@@ -17,7 +17,7 @@
 #include <unistd.h>
 
 enum {
-    LOCK_TRIES = 40,         /* times 50 ms: a killed process's last writes may take a moment */
+    LOCK_TRIES = 400,        /* times 5 ms: a killed process's last writes may take a moment */
     SLOTS_MAX = 1 << 20,
     FILES_SPARE = 256,       /* descriptors left to the rest of the process */
     RUN_GROUP = 64,
@@ -99,7 +99,7 @@ static enum kv_status superblock_lock(struct kv_log *log, char *why, size_t why_
     }
     for (int i = 0; i < LOCK_TRIES; i++) {
         if (flock(log->superblock_file, LOCK_EX | LOCK_NB) == 0) return KV_OK;
-        struct timespec pause = {.tv_nsec = 50 * 1000 * 1000};
+        struct timespec pause = {.tv_nsec = 5 * 1000 * 1000};
         nanosleep(&pause, NULL);
     }
     snprintf(why, why_bytes, "another process has %s", log->options.path);
@@ -282,7 +282,12 @@ void kv_log_close(struct kv_log *log) {
     for (uint32_t slot = 0; log->files != NULL && slot < log->slot_count; slot++) {
         if (log->files[kv_log_file(slot)] >= 0) close(log->files[kv_log_file(slot)]);
     }
-    if (log->superblock_file >= 0) close(log->superblock_file);
+    /* Given back in words: the kernel frees a ring, and the descriptors registered with it, only some
+     * time after it was closed, and whoever opens this directory next would have to wait. */
+    if (log->superblock_file >= 0) {
+        flock(log->superblock_file, LOCK_UN);
+        close(log->superblock_file);
+    }
     if (log->directory >= 0) close(log->directory);
     for (uint32_t i = 0; i < KV_LOG_INDEXES; i++) free(log->index_memory[i]);
     free(log->header_memory);
