@@ -5,7 +5,7 @@
     attend_bench --json attend.json --grow 262144
     plot_attend.py attend.json docs/attend-cpu.png
 
-Needs matplotlib (on Debian: python3-matplotlib). Prints the same as a table in Markdown.
+Needs matplotlib (on Debian: python3-matplotlib, seen by /usr/bin/python3). Prints the same as a table in Markdown.
 """
 
 import json
