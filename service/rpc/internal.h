@@ -23,6 +23,8 @@
  *          public way to wake a completion queue from outside (alarms are C++), and a hand-over
  *          to another thread of ours costs one more sleep and wake-up, 20 to 50 us on a virtual
  *          machine: as much as the whole call.  Payloads are not copied there beyond COPY_MAX.
+ *          Measured on two shared cores, unix socket, spin_us 0, p50: an Attend frame through the
+ *          fake engine's thread 31 us, an empty unary call (no other thread) 26 us.
  */
 #ifndef KV_SERVICE_RPC_INTERNAL_H
 #define KV_SERVICE_RPC_INTERNAL_H

@@ -327,7 +327,10 @@ bool kv_rpc_drain(struct kv_rpc *rpc, uint32_t grace_ms) {
     pthread_mutex_lock(&rpc->lock);
     bool polite = wait_for(rpc, &rpc->shut, until_ms, true);
     if (!polite) {
-        kv_log(KV_LOG_WARN, "rpc: the grace is over, %u calls are cut off", rpc->live);
+        /* Without calls it was only a client that does not close its connection. */
+        polite = rpc->live == 0;
+        kv_log(polite ? KV_LOG_INFO : KV_LOG_WARN, "rpc: the grace is over, %u calls are cut off",
+               rpc->live);
         pthread_mutex_unlock(&rpc->lock);
         grpc_server_cancel_all_calls(rpc->server);
         pthread_mutex_lock(&rpc->lock);
