@@ -10,9 +10,9 @@
  * Nothing of it holds the session's memory still but the turn, which the task has until the end.
  *
  * Length.  A snapshot has one length for all layers, the shortest; what some layers have beyond it
- * is not kept.  A block below it that only some layers have packed cannot be kept either, neither
- * as a block nor exactly: then the snapshot ends before it.  Layers of equal length, which is what
- * a client commits outside the middle of a prefill, lose nothing.
+ * is not kept.  A block below it that only some layers have packed, and so long ago that their
+ * exact rows are gone, cannot be kept either, neither as a block nor exactly: then the snapshot
+ * ends before it.  That takes layers more than 128 tokens apart, the middle of a prefill.
  *
  * A commit whose client is gone is finished all the same.
  */
@@ -28,7 +28,7 @@ static void commit_write(struct kv_engine *engine, struct task *task);
 static const uint8_t *exact_page(const struct session *session, const struct live_block *live,
                                  uint32_t layer) {
     const struct live_page *page = &live->pages[layer];
-    if (page->state == PAGE_RAW) return page->raw;
+    if (page->raw) return page->raw;
     bool sink = page->state == PAGE_SEALED && live->state == LIVE_FILLING &&
                 session_block_raw(session->layout, live->index);
     return sink ? live->slot.address + (size_t)layer * session->layout->raw_bytes : NULL;

@@ -208,13 +208,17 @@ uint32_t session_page_bytes(const struct layout_entry *layout, uint32_t index) {
     return session_block_raw(layout, index) ? layout->raw_bytes : layout->packed_bytes;
 }
 
-bool session_page_due(const struct session *session, const struct live_block *live,
-                      uint32_t length) {
+/* Length at which a layer's page of the block is due. */
+static uint64_t due_length(const struct session *session, const struct live_block *live) {
     const struct kv_layout *layout = &session->layout->info.layout;
-    uint64_t end = (uint64_t)(live->index + 1) * KV_BLOCK_TOKENS;
     /* A sink stays exact, so there is nothing to wait for. */
     uint32_t window = live->index < layout->sink_blocks ? 0 : layout->window_tokens;
-    return length >= end + window;
+    return (uint64_t)(live->index + 1) * KV_BLOCK_TOKENS + window;
+}
+
+bool session_page_due(const struct session *session, const struct live_block *live,
+                      uint32_t length) {
+    return length >= due_length(session, live);
 }
 
 void session_publish(struct session *session, struct tail_memory *memory, uint32_t layer,
@@ -224,10 +228,12 @@ void session_publish(struct session *session, struct tail_memory *memory, uint32
     for (struct live_block *live = session->live_first; live; live = live->next) {
         struct live_page *page = &live->pages[layer];
         if (page->state == PAGE_NONE) break;
-        if (page->state != PAGE_SEALING) continue;
-        page_free(session, memory, page);
-        page->state = PAGE_SEALED;
-        live->sealed_count++;
+        if (page->state == PAGE_SEALING) {
+            page->state = PAGE_SEALED;
+            live->sealed_count++;
+        }
+        bool passed = session->length[layer] >= due_length(session, live) + KV_BLOCK_TOKENS;
+        if (page->state == PAGE_SEALED && passed) page_free(session, memory, page);
     }
 }
 
@@ -296,6 +302,7 @@ void session_pop(struct session *session, struct tail_memory *memory) {
     session->head = live->digest;
     session->live_first = live->next;
     if (!live->next) session->live_last = NULL;
+    for (uint32_t l = 0; l < layers_of(session); l++) page_free(session, memory, &live->pages[l]);
     tail_free(memory, live, live_bytes(session));
 }
 

@@ -47,8 +47,11 @@ enum page_state {
     PAGE_SEALING, /* staged: exact and packed */
     PAGE_SEALED,  /* packed */
 };
+/* A sealed page keeps its exact rows for another 128 tokens, or until the block is complete: a
+ * commit between two layers of a decode step finds the other layers' page still raw, and would
+ * have to cut the session there if this one were not. */
 struct live_page {
-    uint8_t *raw; /* NONE, SEALED: NULL */
+    uint8_t *raw; /* NONE: NULL.  SEALED: may be */
     enum page_state state;
 };
 

@@ -56,6 +56,7 @@ static void *engine_thread(void *argument) {
     bool open = lab->status == KV_OK;
     sem_post(&lab->opened);
     if (open) kv_engine_run(lab->engine);
+    sem_wait(&lab->closing); /* other threads may still ask an engine that has stopped */
     if (lab->engine) kv_engine_close(lab->engine);
     if (lab->store) kv_store_close(lab->store);
     if (lab->device) kv_device_close(lab->device);
@@ -78,6 +79,7 @@ void lab_open(struct lab *lab, const struct lab_options *options) {
     DEFAULT(tokens_max, 1 << 20);
     DEFAULT(layouts_max, 8);
     sem_init(&lab->opened, 0, 0);
+    sem_init(&lab->closing, 0, 0);
     KV_CHECK(pthread_create(&lab->thread, NULL, engine_thread, lab) == 0);
     sem_wait(&lab->opened);
     if (lab->status == KV_OK || lab->options.expect_failure) return;
@@ -87,8 +89,10 @@ void lab_open(struct lab *lab, const struct lab_options *options) {
 
 void lab_close(struct lab *lab) {
     if (lab->status == KV_OK) kv_engine_stop(lab->engine);
+    sem_post(&lab->closing);
     pthread_join(lab->thread, NULL);
     sem_destroy(&lab->opened);
+    sem_destroy(&lab->closing);
 }
 
 void lab_directory(char path[64]) {

@@ -33,7 +33,7 @@ struct lab {
     struct kv_store *store;
     struct kv_engine *engine;
     pthread_t thread;
-    sem_t opened;
+    sem_t opened, closing;
     enum kv_status status;     /* of opening */
     char why[256];
 };
