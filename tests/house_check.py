@@ -40,8 +40,8 @@ MAY_INCLUDE = {
 
 # Tests speak broken gRPC on purpose, and a bench needs a bare stream to be measured against. Messages
 # become our own structures, and back, in service/convert*.
-GRPC_ALLOWED = ["service/rpc", "clients/c/", "clients/cli/bench", "tests/"]
-PROTOBUF_ALLOWED = GRPC_ALLOWED + ["service/convert", "proto/"]
+GRPC_ALLOWED = ["service/rpc", "clients/c/", "clients/cli/bench", "clients/cli/opponent", "tests/"]
+PROTOBUF_ALLOWED = GRPC_ALLOWED + ["service/convert", "service/standard", "proto/"]
 PROTOBUF_FILES_MAX = 12  # tests not counted
 
 # What a build, an editor or Python leaves beside the sources, for a copy without git.
