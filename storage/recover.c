@@ -118,7 +118,7 @@ static void look(struct recovery *recovery) {
             /* A file that cannot be read is taken for zeros where it cannot. */
             for (uint32_t j = 0; j < 2; j++) {
                 if (requests[2 * i + j].error == 0) continue;
-                recovery->store->stats.io_errors++;
+                recovery->log->io_errors++;
                 recovery->found[slots[i]].unreadable = true;
                 memset(requests[2 * i + j].memory, 0, requests[2 * i + j].bytes);
             }
@@ -259,7 +259,7 @@ static bool segment_read(struct recovery *recovery, uint32_t slot) {
     kv_log_run(log, requests, pieces);
     for (uint32_t i = 0; i < pieces; i++) {
         if (requests[i].error == 0) continue;
-        recovery->store->stats.io_errors++;
+        recovery->log->io_errors++;
         memset(requests[i].memory, 0, PIECE_BYTES);
     }
     free(requests);
@@ -323,7 +323,7 @@ static bool apply_all(struct recovery *recovery) {
         kv_log_run(log, requests, reads);
         for (uint32_t i = 0; i < count; i++) {
             int error = of[i] >= 0 ? requests[of[i]].error : 0;
-            if (error != 0) recovery->store->stats.io_errors++;
+            if (error != 0) recovery->log->io_errors++;
             if (!apply(recovery, recovery->order[first + i],
                        recovery->group + i * log->index_bytes, error))
                 return false;
@@ -349,7 +349,7 @@ static void secure(struct recovery *recovery) {
             struct kv_io_request request = {.kind = KV_IO_SYNC, .file = kv_log_file(slot)};
             kv_log_run(log, &request, 1);
             if (request.error != 0) {
-                recovery->store->stats.io_errors++;
+                recovery->log->io_errors++;
                 segment->state = KV_SEGMENT_FAILED;
                 continue;
             }

@@ -341,6 +341,7 @@ const struct kv_store_stats *kv_store_stats(const struct kv_store *store) {
     stats->blocks_resident       = store->resident;
     stats->blocks_cold           = stats->blocks - store->resident;
     stats->blocks_on_disk        = store->on_disk;
+    stats->io_errors             = store->has_disk ? store->log->io_errors : 0;
     stats->arena_bytes_used = (uint64_t)kv_arena_units_used(store->arena) * KV_ARENA_UNIT;
     stats->disk_bytes_used  = store->has_disk ? kv_log_bytes_used(store->log) : 0;
     return stats;

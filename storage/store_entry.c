@@ -109,14 +109,15 @@ static uint32_t coldest(struct kv_store *store) {
     return KV_ENTRY_NONE;
 }
 
-/* While the disk fails, blocks whose write has failed are the last resort: the service goes on
- * without them rather than not at all. */
+/* While the disk fails or is full of what must stay, blocks that cannot be written are the last
+ * resort: the service goes on without them rather than not at all. */
 static bool drop_unwritable(struct kv_store *store) {
-    if (!store->has_disk || !kv_log_is_paused(store->log)) return false;
+    if (!store->has_disk) return false;
+    if (!kv_log_is_paused(store->log) && !kv_store_reclaim_full(store)) return false;
     for (uint32_t index = store->dirty.head; index != KV_ENTRY_NONE;) {
         struct kv_entry *entry = kv_store_entry(store, index);
         uint32_t next          = entry->age.next;
-        if (entry->failures > 0 && entry->state == KV_ENTRY_RESIDENT && entry->pins == 0 &&
+        if (entry->state == KV_ENTRY_RESIDENT && entry->pins == 0 &&
             entry->transfers == 0 && entry->class == KV_CLASS_BLOCK &&
             !kv_entry_protected(store, entry)) {
             store->stats.drops++;

@@ -94,6 +94,7 @@ struct kv_store {
     uint32_t filling;
     uint32_t writes_in_flight;
     bool room_wanted;     /* an entry or a place was refused: reclaim */
+    uint64_t refused_us;  /* the end of the pause of the log that waiters were told about */
 
     struct kv_transfer *transfers;
     struct kv_transfer *transfers_free;

@@ -331,7 +331,7 @@ static bool transfer_done(struct kv_transfer *transfer, const struct kv_io_reque
     struct kv_store *store = transfer->store;
     if (request->error != 0) transfer->error = request->error;
     if (--transfer->pending > 0) return false;
-    if (transfer->error != 0) store->stats.io_errors++;
+    if (transfer->error != 0) store->log->io_errors++;
     kv_store_entry(store, transfer->entry)->transfers--;
     kv_log_segment(store->log, transfer->place.slot)->reads--;
     return true;

@@ -88,7 +88,6 @@ static void carry_end(struct kv_store *store, int error, bool corrupt) {
 }
 
 static void carry_failed(struct kv_store *store, int error, bool corrupt) {
-    if (!corrupt) store->stats.io_errors++;
     carry_end(store, corrupt ? EBADMSG : error, corrupt);
 }
 

@@ -189,8 +189,8 @@ void kv_store_sync(struct kv_store *store, struct kv_sync *sync) {
         sync_segment(store, sync, entry->segment, entry->write_number);
         return;
     }
-    /* Its write has failed and will not be tried before the pause is over; or there is no room. */
-    if ((entry->failures > 0 && kv_log_is_paused(store->log)) || kv_store_reclaim_full(store)) {
+    /* No write will be tried before the pause is over; or there is no room. */
+    if (kv_log_is_paused(store->log) || kv_store_reclaim_full(store)) {
         kv_sync_finish(store, sync, KV_IO_ERROR);
         return;
     }
@@ -346,6 +346,10 @@ void kv_store_write_pump(struct kv_store *store) {
         struct kv_place place;
         enum kv_status status = kv_log_place(store->log, &record, false, &place);
         if (status == KV_BUSY) store->room_wanted = true;
+        if (status == KV_IO_ERROR && store->refused_us != store->log->paused_until_us) {
+            store->refused_us = store->log->paused_until_us; /* once per pause */
+            kv_store_write_refuse(store);
+        }
         if (status != KV_OK) break;
         uint64_t bytes = (uint64_t)record.part_count * record.part_bytes;
         budget -= bytes < budget ? bytes : budget;
