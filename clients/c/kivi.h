@@ -72,6 +72,8 @@ extern "C" {
  * something was added.  kivi_version() is the version of the library that was loaded. */
 #define KIVI_VERSION "0.1.0"
 const char *kivi_version(void);
+/* The version of gRPC C core below it. */
+const char *kivi_transport_version(void);
 
 /* ---- Errors ------------------------------------------------------------------------------ */
 

@@ -614,3 +614,7 @@ int stream_receive(struct stream *stream, const struct wire_message **message,
     *message = &stream->message;
     return KIVI_OK;
 }
+
+const char *kivi_transport_version(void) {
+    return grpc_version_string();
+}

@@ -18,7 +18,6 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
-#include <grpc/grpc.h>
 
 #include "clients/cli/kivictl.h"
 
@@ -48,7 +47,7 @@ static void say(struct finding *finding, enum verdict verdict, const char *found
 
 static void check_versions(struct doctor *doctor, struct finding *finding) {
     char text[FINDING_BYTES];
-    snprintf(text, sizeof text, "libkivi %s, gRPC core %s", kivi_version(), grpc_version_string());
+    snprintf(text, sizeof text, "libkivi %s, gRPC core %s", kivi_version(), kivi_transport_version());
     say(finding, FINE, text, "");
 }
 
