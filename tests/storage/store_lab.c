@@ -153,7 +153,6 @@ void lab_open(struct lab *lab) {
     *lab = (struct lab){0};
     path_make(lab->path);
     lab->options = (struct kv_store_options){
-        .device        = device_open(),
         .arena_bytes   = 4 * LAB_MIB,
         .blocks_max    = 1024,
         .path          = lab->path,
@@ -165,14 +164,16 @@ void lab_open(struct lab *lab) {
 
 void lab_close(struct lab *lab) {
     if (lab->store != NULL) lab_stop(lab);
-    kv_device_close(lab->options.device);
     each_file(lab, file_remove, NULL);
     LAB_NEED(rmdir(lab->path) == 0);
 }
 
 enum kv_status lab_try_start(struct lab *lab, char why[256]) {
     LAB_NEED(lab->store == NULL);
-    return kv_store_open(&lab->options, &lab->store, why, 256);
+    lab->options.device   = device_open();
+    enum kv_status status = kv_store_open(&lab->options, &lab->store, why, 256);
+    if (status != KV_OK) kv_device_close(lab->options.device);
+    return status;
 }
 
 void lab_start(struct lab *lab) {
@@ -183,14 +184,14 @@ void lab_start(struct lab *lab) {
 
 void lab_stop(struct lab *lab) {
     kv_store_close(lab->store);
+    kv_device_close(lab->options.device);
     lab->store = NULL;
 }
 
 void lab_crash(const struct lab *lab, struct lab *image) {
     *image = (struct lab){.options = lab->options};
     path_make(image->path);
-    image->options.path   = image->path;
-    image->options.device = device_open();
+    image->options.path = image->path;
     each_file(lab, file_copy, image);
 }
 

@@ -44,8 +44,9 @@ struct lab {
     char path[LAB_PATH_BYTES];
 };
 
-/* A device, an empty directory, and options: 4 MiB of arena, 1024 keys, 32 segments of 1 MiB,
- * depth 16, synced on demand only.  The store is not open yet. */
+/* An empty directory and options: 4 MiB of arena, 1024 keys, 32 segments of 1 MiB,
+ * depth 16, synced on demand only.  The store is not open yet; its device, a scalar one, is opened and
+ * closed with it, so that there are no threads while it is closed and a test may fork. */
 void lab_open(struct lab *lab);
 /* Closes the store if it is open, and removes the directory. */
 void lab_close(struct lab *lab);
