@@ -81,6 +81,9 @@ static uint8_t *answer_head(void *context, size_t bytes) {
 /* gRPC has sent the payload, on whichever thread it was. */
 static void answer_sent(void *context) {
     struct kv_request *request = context;
+    /* Pairs with the store in answer_make(): everything done to the request before it was sent is
+     * done for whoever gets it next.  gRPC orders the two as well, where no sanitizer can see it. */
+    atomic_load_explicit(&request->cancelled, memory_order_acquire);
     struct kv_rpc *rpc = request->owner;
     kv_engine_release(rpc->engine, request);
 }
@@ -107,11 +110,12 @@ static grpc_byte_buffer *answer_make(struct flight *flight) {
         grpc_slice_unref(room.head);
         return message;
     }
+    void *bytes = request->staging + request->reply_offset;
     request->owner = flight->call->rpc;
     flight->request = NULL;
+    atomic_store_explicit(&request->cancelled, false, memory_order_release); /* the last touch */
     grpc_slice slices[2] = {room.head,
-                            grpc_slice_new_with_user_data(request->staging + request->reply_offset,
-                                                          payload, answer_sent, request)};
+                            grpc_slice_new_with_user_data(bytes, payload, answer_sent, request)};
     grpc_byte_buffer *message = grpc_raw_byte_buffer_create(slices, 2);
     grpc_slice_unref(slices[0]);
     grpc_slice_unref(slices[1]);
