@@ -160,12 +160,15 @@ def attend_all(service, file, sessions, output):
 
 def verify(service, text, sessions):
     full = attention.truths(text)
+    known = {}  # what was fetched -> attention on it: sessions of one codec hold the same
     for session in sessions:
         service.ask("fetch", "--session", session.name, "--salt", session.salt, "--out", session.fetched)
         out = attention.outputs(text, attention.Tensors(session.second))
         session.error_vs_full = attention.distance(out, full)
-        session.error_vs_dequantized = attention.distance(
-            out, attention.truths(text, attention.Tensors(session.fetched)))
+        fetched = hashlib.sha256(session.fetched.read_bytes()).digest()
+        if fetched not in known:
+            known[fetched] = attention.truths(text, attention.Tensors(session.fetched))
+        session.error_vs_dequantized = attention.distance(out, known[fetched])
         session.fetched.unlink()
 
 
@@ -190,15 +193,17 @@ def judge(result, text, is_fixture, spills):
         name = row["codec"]
         claims.append((f"{name}: answers are attention on what is held, to rounding",
                        row["error_vs_dequantized"] <= rounding))
-        claims.append((f"{name}: held in fewer bytes than streamed", row["ratio"] > 1 or not spills))
+        if spills:
+            claims.append((f"{name}: held in fewer bytes than 16 bits an element", row["ratio"] > 1))
         if is_fixture:
             claims.append((f"{name}: error as simulated, {EXPECTED[name]} within 3 %",
                            abs(row["error_vs_full"] / EXPECTED[name] - 1) <= TOLERANCE))
     if "token_ids" in text:  # without them nothing tells that two texts are one
         claims.append(("the second session of the same text shared its blocks",
                        result["shared"]["blocks"] == result["shared"]["blocks_of_session"]))
-    claims.append(("sessions did not fit into host memory and were served from disk, too",
-                   result["tiers"]["disk"] > 0 or not spills))
+    if spills:  # a text of a few hundred tokens is all sink and tail
+        claims.append(("sessions did not fit into host memory and were served from disk, too",
+                       result["tiers"]["disk"] > 0))
     claims.append(("kill -9 lost no block",
                    result["restart"]["blocks_after"] == result["restart"]["blocks_before"]))
     claims.append(("answers after the restart are the same to the bit",

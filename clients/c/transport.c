@@ -136,7 +136,9 @@ static grpc_event queue_next(grpc_completion_queue *queue, uint32_t spin_us, uin
             if (event.type != GRPC_QUEUE_TIMEOUT) return event;
         } while (stream_clock_us() - begin < (spin_us < wait_us ? spin_us : wait_us));
     }
-    return grpc_completion_queue_next(queue, after_us(wait_us), NULL);
+    /* gRPC rounds a deadline up to its next millisecond, so "now" would sleep. */
+    gpr_timespec until = wait_us > 0 ? after_us(wait_us) : gpr_inf_past(GPR_CLOCK_MONOTONIC);
+    return grpc_completion_queue_next(queue, until, NULL);
 }
 
 /* ---- Transport --------------------------------------------------------------------------- */

@@ -161,7 +161,8 @@ int run_bench_step(struct ctl *ctl, int argc, const char **argv) {
         bench.client = ctl->client;
     } else {
         snprintf(spin, sizeof spin, "--spin-us=%d", server_spin_us);
-        const char *const flags[] = {"--disk-path=", "--log-level=warn", spin, NULL};
+        const char *const flags[] = {"--disk-path=", "--arena-bytes=64MiB", "--tail-bytes-max=32MiB",
+                                     "--log-level=warn", spin, NULL};
         running = daemon_prepare(ctl, &daemon, kivid, NULL) && daemon_start(ctl, &daemon, flags);
         bench.client = daemon.client;
     }

@@ -74,6 +74,7 @@ static void log_show(const struct daemon *daemon) {
 }
 
 static bool daemon_spawn(struct daemon *daemon, const char *const *flags) {
+    unlink(daemon->target + strlen("unix://")); /* a killed one leaves its socket */
     char listen[DAEMON_PATH_BYTES + 96], disk[DAEMON_PATH_BYTES + 32];
     char log[DAEMON_PATH_BYTES + 16];
     snprintf(listen, sizeof listen, "--listen=%s", daemon->target);
@@ -93,7 +94,8 @@ static bool daemon_spawn(struct daemon *daemon, const char *const *flags) {
     return !failed;
 }
 
-/* Asks until it is ready, has ended, or the time is over. */
+/* Asks until it is ready, has ended, or the time is over.  Not before there is a socket: a connection
+ * that was refused is not tried again at once. */
 static bool daemon_wait(struct ctl *ctl, struct daemon *daemon) {
     struct kivi_options options = KIVI_OPTIONS_INIT;
     options.target = daemon->target;
@@ -102,8 +104,9 @@ static bool daemon_wait(struct ctl *ctl, struct daemon *daemon) {
     if (kivi_client_open(&options, &daemon->client, &ctl->error)) return false;
     double until = ctl_seconds() + START_SECONDS;
     while (ctl_seconds() < until) {
-        bool serving;
-        if (kivi_client_ping(daemon->client, "", &serving, 1000, NULL) == KIVI_OK && serving)
+        bool serving, listens = access(daemon->target + strlen("unix://"), F_OK) == 0;
+        if (listens && kivi_client_ping(daemon->client, "", &serving, 1000, NULL) == KIVI_OK &&
+            serving)
             return true;
         if (waitpid(daemon->pid, NULL, WNOHANG) == daemon->pid) {
             daemon->pid = 0;
