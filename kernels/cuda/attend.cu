@@ -47,6 +47,15 @@ static uint32_t log2_of(uint32_t x) {
     return n;
 }
 
+/* What the last of two digits may be worth, in log2 units, for scores that are off by 2.6e-4
+ * (one standard deviation): every digit is off by up to half a last one, times its code. */
+static float refine_above(uint32_t head_dim, const uint8_t widths[KV_QUARTERS]) {
+    static const float squares[] = {0, 0.5f, 3.5f, 0, 77.5f}; /* mean of code^2, by width */
+    float sum = 0;
+    for (uint32_t q = 0; q < KV_QUARTERS; q++) sum += (float)head_dim / KV_QUARTERS * squares[widths[q]];
+    return 2.6e-4f * 1.4427f / 0.2887f / sqrtf(std::max(sum, 1.0f));
+}
+
 struct attend_launch attend_prepare(const struct attend_limits *limits, const struct kv_shape *shape,
                                     uint32_t count, const struct kv_attend *items, uint8_t *host,
                                     uint8_t *device) {
@@ -70,6 +79,11 @@ struct attend_launch attend_prepare(const struct attend_limits *limits, const st
         call->key_bits = codec->key_bits;
         call->value_bits = codec->value_bits;
         if (minmax) call->group_log = (uint8_t)log2_of(codec->group);
+        for (uint32_t i = 0; i < KV_MIX_COUNT_MAX; i++) {
+            const uint8_t keys[] = {codec->key_bits, codec->key_bits, codec->key_bits, codec->key_bits};
+            call->refine_above[i] = refine_above(D, minmax ? keys : codec->mixes[i]) *
+                                    (limits->coarse != 0 ? limits->coarse : 1);
+        }
         part_max = std::max(call->map.value_mean, call->map.record_bytes - call->map.value_mean);
     }
     part_max = std::max(part_max, ATTEND_SLICE * (2 * D + 16));
@@ -83,19 +97,26 @@ struct attend_launch attend_prepare(const struct attend_limits *limits, const st
         limits->kernel != NULL ? limits->kernel : &kernels_of(D)[mode][vectors_most > 4];
     launch.kernel = kernel;
 
-    /* As many stages as fit beside the other blocks of a multiprocessor, three at most. */
-    const uint32_t warps = kernel->threads / 32, quads = kernel->vectors / 4;
-    uint32_t blocks = kernel->blocks_per_sm;
-    for (;; blocks = blocks > 1 ? blocks - 1 : 1) {
-        uint32_t room = (limits->shared_max + 1024) / blocks - 2048;
+    /* As many stages as fit beside the other blocks of a multiprocessor, four at most; where
+     * not even two do, fewer blocks, then fewer warps. */
+    const uint32_t quads = kernel->vectors / 4;
+    uint32_t blocks = kernel->blocks_per_sm, warps = kernel->threads / 32, room;
+    for (;;) {
+        room = (limits->shared_max + 1024) / blocks - 2048;
         call->stages = limits->stages != 0 ? limits->stages : 4;
-        while (call->stages > 2 &&
-               attend_layout_of(D, minmax, call->group_log, quads, warps, call->stages, call->stage_bytes).bytes > room)
-            call->stages--;
-        launch.shared_bytes =
-            attend_layout_of(D, minmax, call->group_log, quads, warps, call->stages, call->stage_bytes).bytes;
-        if (launch.shared_bytes <= room || blocks == 1) break;
+        for (;; call->stages--) {
+            launch.shared_bytes =
+                attend_layout_of(D, minmax, call->group_log, quads, warps, call->stages, call->stage_bytes).bytes;
+            if (launch.shared_bytes <= room || call->stages == 2) break;
+        }
+        if (launch.shared_bytes <= room) break;
+        if (blocks > 1)
+            blocks--;
+        else
+            warps--;
+        KV_CHECK(warps > 0);
     }
+    launch.threads = 32 * warps;
 
     /* Units. */
     struct attend_item *out = (struct attend_item *)host;
@@ -194,14 +215,14 @@ uint32_t attend_plan(struct attend_item *items, uint32_t count, uint32_t heads, 
 }
 
 cudaError_t attend_start(const struct attend_launch *launch, cudaStream_t queue) {
-    launch->kernel->kernel<<<launch->grid, launch->kernel->threads, launch->shared_bytes, queue>>>(launch->call);
+    launch->kernel->kernel<<<launch->grid, launch->threads, launch->shared_bytes, queue>>>(launch->call);
     return cudaGetLastError();
 }
 
 void cuda_attend(struct kv_stream *base, const struct kv_shape *shape, uint32_t count,
                  const struct kv_attend *items) {
     struct cuda_stream *stream = (struct cuda_stream *)base;
-    const struct attend_limits limits = {stream->device->processors, stream->device->shared_max, 0, 0, stream->parts_max, NULL};
+    const struct attend_limits limits = {stream->device->processors, stream->device->shared_max, 0, 0, stream->parts_max, 0, NULL};
     size_t bytes = count * sizeof(struct attend_item) + 64;
     for (uint32_t i = 0; i < count; i++)
         bytes += items[i].rows * sizeof(uint32_t) + (size_t)items[i].page_count * 8 * sizeof(struct attend_unit);

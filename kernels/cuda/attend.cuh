@@ -59,12 +59,17 @@ KV_DEVICE uint32_t scale_twice(uint32_t bytes, int i) {
     return __byte_perm(bytes, 0, i == 0 ? 0x0404 : i == 1 ? 0x1414 : i == 2 ? 0x2424 : 0x3434) >> 1;
 }
 
-/* The largest k <= 14 with largest * 2^k below 127.5, for 0 <= largest; k >= -100. */
-KV_DEVICE int digit_exponent(float largest) {
-    int biased = (int)((__float_as_uint(largest) + 0x00014000u) >> 23); /* above 1.99: next */
-    int k = 6 - (biased - 127);
-    return k > 14 ? 14 : k;
+/* What makes the largest product of a page just fit the first digit: 127 / largest, at most
+ * `most`, and rounded down to seven bits, so that its product with an e4m3 scale is exact in
+ * f16. */
+KV_DEVICE float digit_lift(float largest, float most) {
+    const float lift = __fdividef(127.0f, fmaxf(largest, 127.0f / most));
+    return __uint_as_float(__float_as_uint(lift) & 0xfffe0000u);
 }
+
+/* Third digits of a first: fewer than 254 x 254, because a third digit also makes up for
+ * q s having been rounded to f16, which is up to 0.1 of a first. */
+constexpr float FINER = 1280.0f;
 
 KV_DEVICE float power_of_two(int exponent) {
     return __uint_as_float((uint32_t)(127 + exponent) << 23);
@@ -184,6 +189,7 @@ template <int D, int MODE, int NQ> struct worker {
     float plain[ROTATED ? NQ : 1][ROTATED ? TILES : 1][2];
     float largest[NQ], sum[NQ], zero[NQ];
     float unscale[NQ]; /* query units to log2 scores */
+    float coarse; /* share of call.refine_above that is left by what q, MINMAX: q s, loses as one f16 */
     uint32_t limit[NQ];
 
     KV_DEVICE worker(const attend_call &c, int lane_) : call(c), lane(lane_), g(lane_ >> 2), t(lane_ & 3) {
@@ -237,6 +243,36 @@ template <int D, int MODE, int NQ> struct worker {
         return fmaxf(x, __shfl_xor_sync(ALL, x, 16));
     }
 
+    /* Two more digits of q s for four slots, in the place of the first two.  They also hold
+     * what q loses as one f16.  scale: lifted. */
+    KV_DEVICE void refine_four(uint32_t target, int q, const uint32_t (&channel)[4], const float (&scale)[4]) {
+#pragma unroll
+        for (int v = 0; v < 4; v++) {
+            const uint2 digits = load_64(target + 8 * v);
+            uint32_t third = 0, fourth = 0;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const uint32_t at = fragments + 2 * ((q * (D / 32) + (channel[i] >> 5)) * 256 + 64 * v + (channel[i] & 31));
+                const float x = low_f16(load_u16(at)) + low_f16(load_u16(at + 64));
+                const int high = (int8_t)(digits.x >> (8 * i)), low = (int8_t)(digits.y >> (8 * i));
+                const float rest = fmaf((float)low, -1.0f / DIGITS, fmaf(x, scale[i], (float)-high)) * FINER;
+                const float whole = rintf(rest);
+                third |= ((uint32_t)(int)whole & 255) << (8 * i);
+                fourth |= ((uint32_t)(int)rintf((rest - whole) * DIGITS) & 255) << (8 * i);
+            }
+            store_64(target + 8 * v, third, fourth);
+        }
+    }
+
+    /* Whether digits worth `unit` are too coarse for any vector. */
+    KV_DEVICE bool too_coarse(float unit, uint32_t mix) const {
+        const float above = call.refine_above[mix] * coarse;
+        bool any = false;
+#pragma unroll
+        for (int q = 0; q < NQ; q++) any |= fabsf(unit * unscale[q]) > above;
+        return __any_sync(ALL, any);
+    }
+
     /* q . zeros, channel order, for the rows of both halves of A (two groups of tokens). */
     KV_DEVICE void zero_product(int q, uint32_t low_rows, uint32_t high_rows, float &low, float &high) {
         float c[4] = {0, 0, 0, 0};
@@ -261,7 +297,7 @@ template <int D, int MODE, int NQ> struct worker {
 
     /* Columns of q s for every slot, into `words`; zeros in channel order, into `zeros`.
      * Returns what turns a sum of digits times codes into q.k. */
-    KV_DEVICE float unbiased_columns(uint32_t part) {
+    KV_DEVICE float unbiased_columns(uint32_t part, float &lift) {
         constexpr int MINE = (D / 4 + 31) / 32; /* groups of four slots of this lane */
         uint32_t pair[MINE][4][NQ][2], scale[MINE][4], most = 0;
         const uint32_t key_order = part + call.map.key_order, key_scale = part + call.map.key_scale,
@@ -288,8 +324,8 @@ template <int D, int MODE, int NQ> struct worker {
             }
         }
         most = __reduce_max_sync(ALL, max(most & 0xffff, most >> 16));
-        const int k = max(digit_exponent(low_f16(most)), 0);
-        const uint32_t lift = (uint32_t)(15 + k) * 0x04000400u;
+        lift = digit_lift(low_f16(most), 0x1p14f);
+        const uint32_t lifts = pack_f16(lift, lift);
 #pragma unroll
         for (int m = 0; m < MINE; m++) {
             const int four = lane + 32 * m;
@@ -302,7 +338,7 @@ template <int D, int MODE, int NQ> struct worker {
                     uint32_t high[4], low[4];
 #pragma unroll
                     for (int i = 0; i < 4; i++)
-                        split_product(pair[m][i][q][p], mul2(scale[m][i], lift), high[i], low[i]);
+                        split_product(pair[m][i][q][p], mul2(scale[m][i], lifts), high[i], low[i]);
                     gather_bytes(high, word[4 * p], word[4 * p + 2]);
                     gather_bytes(low, word[4 * p + 1], word[4 * p + 3]);
                 }
@@ -314,25 +350,59 @@ template <int D, int MODE, int NQ> struct worker {
         uint32_t header = load_32(part);
         float factor = low_f16(header >> 16);
         __syncwarp();
-        return factor * (256.0f / 448.0f / DIGITS) * power_of_two(-k);
+        return factor * (256.0f / 448.0f / DIGITS) / lift;
+    }
+
+    KV_DEVICE void unbiased_refine(uint32_t part, float lift) {
+        __syncwarp();
+#pragma unroll 1
+        for (int four = lane; four < D / 4; four += 32) {
+            const uint32_t order = load_32(part + call.map.key_order + 4 * four);
+            const uint32_t scales = load_32(part + call.map.key_scale + 4 * four);
+            uint32_t channel[4];
+            float scale[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                channel[i] = min(order >> (8 * i) & 255, (uint32_t)D - 1);
+                scale[i] = low_f16(scale_twice(scales, i)) * lift;
+            }
+#pragma unroll 1
+            for (int q = 0; q < NQ; q++) refine_four(words + q * D * 8 + four * 32, q, channel, scale);
+        }
+        __syncwarp();
     }
 
     /* Scores of a packed page in log2 units: [tile][r] is token 16 tile + 4 (g / 2) + (g & 1)
      * + 2 r. */
     KV_DEVICE void unbiased_scores(uint32_t part, float (&score)[NQ][8][2]) {
-        const float unit = unbiased_columns(part);
-        float base[NQ], unused;
+        float lift, unit = unbiased_columns(part, lift);
+        uint32_t index = load_u8(part);
+        index = index < call.mix_count ? index : 0;
+        const uint32_t mix = call.mixes[index];
 #pragma unroll
-        for (int q = 0; q < NQ; q++) zero_product(q, zeros, zeros, base[q], unused);
+        for (int q = 0; q < NQ; q++) {
+            float base, unused;
+            zero_product(q, zeros, zeros, base, unused);
+#pragma unroll
+            for (int i = 0; i < 8; i++) score[q][i][0] = score[q][i][1] = base * unscale[q];
+        }
+#pragma unroll 1
+        for (bool refined = false;; refined = true) {
+            unbiased_products(part, mix, unit, score);
+            if (refined || !too_coarse(unit, index)) break;
+            unbiased_refine(part, lift);
+            unit *= 1 / FINER;
+        }
+    }
 
+    /* Adds codes times the digits in `words`. */
+    KV_DEVICE void unbiased_products(uint32_t part, uint32_t mix, float unit, float (&score)[NQ][8][2]) {
         int sums[NQ][8][4];
 #pragma unroll
         for (int q = 0; q < NQ; q++)
 #pragma unroll
             for (int i = 0; i < 8; i++) sums[q][i][0] = sums[q][i][1] = sums[q][i][2] = sums[q][i][3] = 0;
 
-        uint32_t index = load_u8(part);
-        const uint32_t mix = call.mixes[index < call.mix_count ? index : 0];
         uint32_t codes = part + call.map.key_codes + 4 * D * call.key_width_sum;
         int width = 0;
         /* From the last quarter to the first widths rise, so the counts are changed at most
@@ -357,7 +427,7 @@ template <int D, int MODE, int NQ> struct worker {
         }
 #pragma unroll
         for (int q = 0; q < NQ; q++) {
-            const float z = base[q] * unscale[q], u = unit * unscale[q];
+            const float u = unit * unscale[q];
             const float one = width == 4 ? 0x1p-4f : width == 2 ? 0x1p-2f : 0x1p-1f;
             float count = u;
 #pragma unroll
@@ -365,8 +435,8 @@ template <int D, int MODE, int NQ> struct worker {
                 if (i > 0) count *= one;
                 if ((i & 1) == 0 && width == 4) count = u;
                 if ((i & 3) == 0 && width == 2) count = u;
-                score[q][i][0] = fmaf((float)(sums[q][i][0] * 254 + sums[q][i][1]), count, z);
-                score[q][i][1] = fmaf((float)(sums[q][i][2] * 254 + sums[q][i][3]), count, z);
+                score[q][i][0] = fmaf((float)(sums[q][i][0] * 254 + sums[q][i][1]), count, score[q][i][0]);
+                score[q][i][1] = fmaf((float)(sums[q][i][2] * 254 + sums[q][i][3]), count, score[q][i][1]);
             }
         }
     }
@@ -377,7 +447,7 @@ template <int D, int MODE, int NQ> struct worker {
         return call.bf16 ? low_bf16(half) : low_f16(half & 0xffff);
     }
 
-    KV_DEVICE float minmax_columns(uint32_t part) {
+    KV_DEVICE float minmax_columns(uint32_t part, float &lift) {
         constexpr int MINE = (D / 4 + 31) / 32;
         const int key_groups = 128 >> call.group_log;
         float most = 0;
@@ -399,8 +469,7 @@ template <int D, int MODE, int NQ> struct worker {
                 }
             }
         most = __uint_as_float(__reduce_max_sync(ALL, __float_as_uint(most)));
-        const int k = digit_exponent(most);
-        const float lift = power_of_two(k);
+        lift = digit_lift(most, 0x1p100f);
         for (int group = 0; group < key_groups; group++)
 #pragma unroll
             for (int m = 0; m < MINE; m++) {
@@ -428,18 +497,61 @@ template <int D, int MODE, int NQ> struct worker {
                 }
             }
         __syncwarp();
-        return power_of_two(-k) * (1.0f / DIGITS);
+        return 1.0f / (DIGITS * lift);
+    }
+
+    KV_DEVICE void minmax_refine(uint32_t part, float lift) {
+        const int key_groups = 128 >> call.group_log;
+        __syncwarp();
+#pragma unroll 1
+        for (int i = lane; i < key_groups * (D / 4); i += 32) {
+            const uint32_t group = i / (D / 4), four = i % (D / 4);
+            const uint2 s = load_64(part + call.map.key_scale + group * 2 * D + 8 * four);
+            uint32_t channel[4];
+            float scale[4];
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                channel[e] = 4 * four + e;
+                scale[e] = element((e < 2 ? s.x : s.y) >> (16 * (e & 1))) * lift;
+            }
+#pragma unroll 1
+            for (int q = 0; q < NQ; q++) refine_four(words + (group * NQ + q) * D * 8 + four * 32, q, channel, scale);
+        }
+        __syncwarp();
     }
 
     KV_DEVICE void minmax_scores(uint32_t part, float (&score)[NQ][8][2]) {
-        const float unit = minmax_columns(part);
+        float lift, unit = minmax_columns(part, lift);
         const int tiles_log = call.group_log - 4;
+#pragma unroll
+        for (int q = 0; q < NQ; q++) {
+            float z = 0;
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                if ((i & ((1 << tiles_log) - 1)) == 0) {
+                    uint32_t row = part + call.map.key_zero + (i >> tiles_log) * 2 * D;
+                    float unused;
+                    zero_product(q, row, row, z, unused);
+                }
+                score[q][i][0] = score[q][i][1] = z * unscale[q];
+            }
+        }
+#pragma unroll 1
+        for (bool refined = false;; refined = true) {
+            minmax_products(part, unit, score);
+            if (refined || !too_coarse(unit, 0)) break;
+            minmax_refine(part, lift);
+            unit *= 1 / FINER;
+        }
+    }
+
+    KV_DEVICE void minmax_products(uint32_t part, float unit, float (&score)[NQ][8][2]) {
+        const int tiles_log = call.group_log - 4, bits = call.key_bits;
         int sums[NQ][8][4];
 #pragma unroll
         for (int q = 0; q < NQ; q++)
 #pragma unroll
             for (int i = 0; i < 8; i++) sums[q][i][0] = sums[q][i][1] = sums[q][i][2] = sums[q][i][3] = 0;
-        const int bits = call.key_bits;
 #pragma unroll 1
         for (int quarter = 0; quarter < 4; quarter++) {
             const uint32_t codes = part + call.map.key_codes + quarter * 4 * D * bits;
@@ -452,18 +564,12 @@ template <int D, int MODE, int NQ> struct worker {
 #pragma unroll
         for (int q = 0; q < NQ; q++) {
             const float u = unit * unscale[q];
-            float z = 0;
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                if ((i & ((1 << tiles_log) - 1)) == 0) {
-                    uint32_t row = part + call.map.key_zero + (i >> tiles_log) * 2 * D;
-                    float unused;
-                    zero_product(q, row, row, z, unused);
-                }
-                const float count = bits == 2 ? (float)(1.0 / (1 << position_bits(2, i)))
-                                              : (float)(1.0 / (1 << position_bits(4, i)));
-                score[q][i][0] = ((float)(sums[q][i][0] * 254 + sums[q][i][1]) * count * u) + z * unscale[q];
-                score[q][i][1] = ((float)(sums[q][i][2] * 254 + sums[q][i][3]) * count * u) + z * unscale[q];
+                const float count = u * (bits == 2 ? (float)(1.0 / (1 << position_bits(2, i)))
+                                                   : (float)(1.0 / (1 << position_bits(4, i))));
+                score[q][i][0] = fmaf((float)(sums[q][i][0] * 254 + sums[q][i][1]), count, score[q][i][0]);
+                score[q][i][1] = fmaf((float)(sums[q][i][2] * 254 + sums[q][i][3]), count, score[q][i][1]);
             }
         }
     }
@@ -603,8 +709,7 @@ template <int D, int MODE, int NQ> struct worker {
                     for (int q = 0; q < NQ; q++) most = fmaxf(most, s * p[q][i][r]), add[q] = fmaf(p[q][i][r], z, add[q]);
                 }
             most = __uint_as_float(__reduce_max_sync(ALL, __float_as_uint(most)));
-            const int k = digit_exponent(most);
-            const float lift = power_of_two(k);
+            const float lift = digit_lift(most, 0x1p100f);
             uint32_t column[NQ][8];
 #pragma unroll
             for (int i = 0; i < 8; i++) {
@@ -620,7 +725,7 @@ template <int D, int MODE, int NQ> struct worker {
             float unit[NQ];
 #pragma unroll
             for (int q = 0; q < NQ; q++) {
-                unit[q] = weight[q] * power_of_two(-k) * (1.0f / DIGITS);
+                unit[q] = weight[q] / (DIGITS * lift);
                 add[q] = over_rows(add[q]) * weight[q];
 #pragma unroll
                 for (int i = 0; i < PER; i++) coded[q][group * PER + i][0] += add[q], coded[q][group * PER + i][1] += add[q];
@@ -934,15 +1039,34 @@ KV_DEVICE closing close_vector(const attend_item &item, size_t at, float largest
     return out;
 }
 
+/* bench.cu's way of seeing where a launch's time goes. */
+#ifdef KV_ATTEND_TRACE
+enum { TRACE_BLOCKS = 1024, TRACE_POINTS = 12 };
+__device__ long long trace_times[TRACE_BLOCKS][TRACE_POINTS];
+KV_DEVICE void trace(int point) {
+    if (threadIdx.x != 0 || blockIdx.x >= TRACE_BLOCKS) return;
+    long long now;
+    if (point == 0)
+        asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    else
+        now = clock64();
+    trace_times[blockIdx.x][point] = now;
+}
+#else
+KV_DEVICE void trace(int) {}
+#endif
+
 template <int D, int MODE, int NQ, int THREADS, int BLOCKS>
 __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __grid_constant__ attend_call call) {
-    constexpr int WARPS = THREADS / 32, VECTORS = 4 * NQ, TILES = D / 16;
+    constexpr int VECTORS = 4 * NQ, TILES = D / 16;
     constexpr bool MINMAX = MODE == ATTEND_MINMAX, ROTATED = MODE == ATTEND_ROTATED;
     extern __shared__ __align__(128) char shared[];
     __shared__ uint32_t last;
     __shared__ closing closings[4 * NQ];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-    const attend_layout at = attend_layout_of(D, MINMAX, call.group_log, NQ, WARPS, call.stages, call.stage_bytes);
+    const int threads = blockDim.x, warps = threads / 32;
+    trace(0), trace(1);
+    const attend_layout at = attend_layout_of(D, MINMAX, call.group_log, NQ, warps, call.stages, call.stage_bytes);
 
     uint32_t which = 0;
     {
@@ -951,6 +1075,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __grid_constant_
         which = __popc(__ballot_sync(ALL, low <= blockIdx.x)) + __popc(__ballot_sync(ALL, high <= blockIdx.x)) - 1;
     }
     const attend_item item = call.items[which];
+    if (item.splits != 0) trace(2);
     uint32_t rest = blockIdx.x - item.block_first;
     const uint32_t part = rest;
     const uint32_t split = rest % item.splits;
@@ -964,8 +1089,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __grid_constant_
     worker<D, MODE, NQ> work(call, lane);
     feeder<D> feed(call);
     feed.units = call.units + item.unit_first + first + warp;
-    feed.step = WARPS;
-    feed.count = first + warp < end ? (end - first - warp + WARPS - 1) / WARPS : 0;
+    feed.step = warps;
+    feed.count = first + warp < end ? (end - first - warp + warps - 1) / warps : 0;
     feed.head = head, feed.lane = lane;
     feed.bars = shared_address(shared) + at.barriers + warp * 32;
     feed.ring = shared_address(shared) + at.ring + warp * call.stages * call.stage_bytes;
@@ -980,14 +1105,17 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __grid_constant_
         __syncwarp();
         for (uint32_t i = 0; i < call.stages; i++) feed.issue();
     }
+    trace(3);
 
-    load_query<D, NQ>(call, item, head, block, at, shared, warp, WARPS, lane);
+    load_query<D, NQ>(call, item, head, block, at, shared, warp, warps, lane);
     __syncthreads();
+    trace(4);
     work.query = shared_address(shared) + at.query;
     work.fragments = shared_address(shared) + at.fragments;
     work.fragments_raw = shared_address(shared) + at.fragments_raw;
     work.words = shared_address(shared) + at.scratch + warp * at.scratch_bytes;
     work.zeros = work.words + NQ * D * 8;
+    work.coarse = MINMAX || item.dtype == KV_DTYPE_F32 ? 0.22f : 1.0f;
 #pragma unroll
     for (int q = 0; q < NQ; q++) {
         work.unscale[q] = ((const float *)(shared + at.vectors))[4 * q + (lane & 3)];
@@ -1003,6 +1131,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __grid_constant_
         if (!raw) {
             float p[NQ][8][2], page_sum[NQ], value_factor = 0;
             feed.wait(stage, parity);
+            if (i == 0) trace(5);
             work.packed_keys(feed.ring + stage * call.stage_bytes, token, p, weight, page_sum, value_factor);
             __syncwarp();
             feed.issue();
@@ -1012,6 +1141,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __grid_constant_
         } else {
             uint32_t column[NQ][8];
             feed.wait(stage, parity);
+            if (i == 0) trace(5);
             work.raw_keys(feed.ring + stage * call.stage_bytes, token, tokens, column, weight);
             __syncwarp();
             feed.issue();
@@ -1028,10 +1158,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __grid_constant_
 #endif
 
     /* The warps of the block, one result. */
+    trace(6);
     __syncthreads();
+    trace(7);
     constexpr int ROW = D + 4;
-    float *largest = (float *)(shared + at.ring), *sums = largest + WARPS * VECTORS;
-    float *outs = sums + WARPS * VECTORS, *outs_plain = outs + WARPS * VECTORS * ROW;
+    float *largest = (float *)(shared + at.ring), *sums = largest + warps * VECTORS;
+    float *outs = sums + warps * VECTORS, *outs_plain = outs + warps * VECTORS * ROW;
     const int g = lane >> 2, t = lane & 3;
 #pragma unroll
     for (int q = 0; q < NQ; q++) {
@@ -1048,14 +1180,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __grid_constant_
     __syncthreads();
 
     /* Into the rows of warp 0, one vector a warp at a time. */
-    for (int v = warp; v < VECTORS; v += WARPS) {
+    for (int v = warp; v < VECTORS; v += warps) {
         float most = -INFINITY, total = 0;
-        for (int w = 0; w < WARPS; w++) most = fmaxf(most, largest[w * VECTORS + v]);
+        for (int w = 0; w < warps; w++) most = fmaxf(most, largest[w * VECTORS + v]);
         const float base = most == -INFINITY ? 0 : most;
-        for (int w = 0; w < WARPS; w++) total += exp2_fast(largest[w * VECTORS + v] - base) * sums[w * VECTORS + v];
+        for (int w = 0; w < warps; w++) total += exp2_fast(largest[w * VECTORS + v] - base) * sums[w * VECTORS + v];
         for (int c = lane; c < D; c += 32) {
             float x = 0, y = 0;
-            for (int w = 0; w < WARPS; w++) {
+            for (int w = 0; w < warps; w++) {
                 const float f = exp2_fast(largest[w * VECTORS + v] - base);
                 x += f * outs[(w * VECTORS + v) * ROW + c];
                 if (ROTATED) y += f * outs_plain[(w * VECTORS + v) * ROW + c];
@@ -1073,6 +1205,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __grid_constant_
     }
     __syncthreads();
 
+    trace(8);
     const uint32_t vectors = min((uint32_t)VECTORS, item.vectors - block * VECTORS);
     auto row_of = [&](uint32_t v) {
         const uint32_t vector = block * VECTORS + v;
@@ -1081,7 +1214,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __grid_constant_
     if (item.splits > 1) {
         float *parts = call.parts + (size_t)(item.part_first + part - split) * VECTORS * (D + 2);
         float *mine = parts + (size_t)split * VECTORS * (D + 2);
-        for (uint32_t i = threadIdx.x; i < vectors * (D + 2); i += THREADS) {
+        for (uint32_t i = threadIdx.x; i < vectors * (D + 2); i += threads) {
             const uint32_t v = i / (D + 2), c = i % (D + 2);
             __stcg(mine + i, outs[v * ROW + c]);
         }
@@ -1093,16 +1226,17 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __grid_constant_
             if (last) *counter = 0;
         }
         __syncthreads();
+        trace(9);
         if (!last) return;
         __threadfence();
-        for (uint32_t i = threadIdx.x; i < VECTORS * item.splits; i += THREADS) {
+        for (uint32_t i = threadIdx.x; i < VECTORS * item.splits; i += threads) {
             /* [vector][split] largest, then its factor */
             const uint32_t v = i / item.splits, s = i % item.splits;
             largest[i] = v < vectors ? __ldcg(parts + ((size_t)s * VECTORS + v) * (D + 2) + D) : -INFINITY;
         }
         float *factor = largest;
         __syncthreads();
-        for (uint32_t v = warp; v < vectors; v += WARPS) {
+        for (uint32_t v = warp; v < vectors; v += warps) {
             float most = -INFINITY, total = 0;
             for (uint32_t s = lane; s < item.splits; s += 32) most = fmaxf(most, factor[v * item.splits + s]);
             for (int o = 16; o > 0; o /= 2) most = fmaxf(most, __shfl_xor_sync(ALL, most, o));
@@ -1116,7 +1250,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __grid_constant_
             if (lane == 0) closings[v] = close_vector(item, row_of(v), most, total);
         }
         __syncthreads();
-        for (uint32_t i = threadIdx.x; i < vectors * D; i += THREADS) {
+        for (uint32_t i = threadIdx.x; i < vectors * D; i += threads) {
             const uint32_t v = i / D, c = i % D;
             float x = 0;
 #pragma unroll 8
@@ -1125,11 +1259,12 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __grid_constant_
             float *out = item.out + row_of(v) * D + c;
             *out = closings[v].x * x + (item.merge ? closings[v].y * *out : 0);
         }
+        trace(10);
     } else {
-        for (uint32_t v = threadIdx.x; v < vectors; v += THREADS)
+        for (uint32_t v = threadIdx.x; v < vectors; v += threads)
             closings[v] = close_vector(item, row_of(v), outs[v * ROW + D], outs[v * ROW + D + 1]);
         __syncthreads();
-        for (uint32_t i = threadIdx.x; i < vectors * D; i += THREADS) {
+        for (uint32_t i = threadIdx.x; i < vectors * D; i += threads) {
             const uint32_t v = i / D, c = i % D;
             float *out = item.out + row_of(v) * D + c;
             *out = closings[v].x * outs[v * ROW + c] + (item.merge ? closings[v].y * *out : 0);

@@ -58,6 +58,8 @@ struct attend_call {
     uint8_t key_bits, value_bits, group_log, bf16;
     uint32_t stage_bytes;
     uint32_t stages;
+    /* Log2 units that the last of two digits may be worth: [mix], MINMAX: [0]. */
+    float refine_above[KV_MIX_COUNT_MAX];
 };
 
 enum attend_mode { ATTEND_PLAIN, ATTEND_ROTATED, ATTEND_MINMAX };

@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#define KV_ATTEND_TRACE
 #include "kernels/cuda/attend.cuh"
 #include "kernels/cuda/cuda.h"
 #include "kernels/cuda/plan.h"
@@ -33,6 +34,7 @@ static bool quick, variants;
 static struct cuda_device *device;
 static struct kv_stream *stream;
 static size_t cold_bytes;
+static float coarse;
 
 static cudaStream_t queue() {
     return ((struct cuda_stream *)stream)->queue;
@@ -216,7 +218,7 @@ struct prepared {
 };
 
 static void prepare(struct prepared *out, const struct problem *p, struct arena *arena, int sets, const struct attend_kernel *kernel, uint32_t slots, uint32_t stages) {
-    const struct attend_limits limits = {device->processors, device->shared_max, slots, stages, ((struct cuda_stream *)stream)->parts_max, kernel};
+    const struct attend_limits limits = {device->processors, device->shared_max, slots, stages, ((struct cuda_stream *)stream)->parts_max, coarse, kernel};
     const uint32_t heads_q = 8 * p->group, pages = p->tokens / 128;
     const size_t elements = (size_t)p->sessions * p->rows * heads_q * p->head_dim;
     __half *query = gpu<__half>(elements);
@@ -317,6 +319,41 @@ static void bench_attend(const struct problem *p, bool with_ceiling, bool try_va
                     fflush(stdout);
                 }
         }
+    arena_free(&arena);
+}
+
+/* Where the time of one cold launch goes: cycles from a block's start to each point of
+ * attend(), the median and the largest over blocks, and when blocks start, in ns. */
+static void bench_trace(const struct problem *p, const struct attend_kernel *kernel) {
+    static const char *const points[TRACE_POINTS] = {"start ns", "", "item", "issued", "query", "first data", "last unit", "all warps", "merged", "counted", "combined", ""};
+    const int sets = std::min(sets_for(problem_bytes(p)), 64);
+    struct arena arena;
+    const size_t pages = (size_t)p->sessions * (p->tokens / 128) * (size_t)sets, raw = (size_t)p->sessions * 2 * (size_t)sets;
+    arena_fill(&arena, p->codec, p->head_dim, pages - std::min(raw, pages), raw);
+    CHECK(cudaFuncSetAttribute((const void *)kernel->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)device->shared_max - 1024));
+    struct prepared prepared;
+    prepare(&prepared, p, &arena, sets, kernel, 0, 2);
+    static long long times[TRACE_BLOCKS][TRACE_POINTS];
+    memset(times, 0, sizeof times);
+    CHECK(cudaMemcpyToSymbol(trace_times, times, sizeof times));
+    for (struct attend_launch &launch : prepared.launches) CHECK(attend_start(&launch, queue()));
+    CHECK(cudaStreamSynchronize(queue()));
+    CHECK(cudaMemcpyFromSymbol(times, trace_times, sizeof times));
+    const uint32_t grid = std::min<uint32_t>(prepared.launches[0].grid, TRACE_BLOCKS);
+    printf("{\"name\":\"trace %s B=%u T=%u\",\"grid\":%u", p->codec, p->sessions, p->tokens, grid);
+    for (int point = 0; point < TRACE_POINTS; point++) {
+        if (points[point][0] == 0) continue;
+        std::vector<long long> x;
+        long long least = times[0][0];
+        for (uint32_t b = 0; b < grid; b++) least = std::min(least, times[b][0]);
+        for (uint32_t b = 0; b < grid; b++)
+            if (times[b][point] != 0) x.push_back(times[b][point] - (point == 0 ? least : times[b][1]));
+        if (x.empty()) continue;
+        std::sort(x.begin(), x.end());
+        printf(",\"%s\":[%lld,%lld,%lld]", points[point], x[0], x[x.size() / 2], x.back());
+    }
+    printf("}\n");
+    prepared_free(&prepared);
     arena_free(&arena);
 }
 
@@ -436,6 +473,8 @@ int main(int argc, char **argv) {
             quick = true;
         else if (std::string(argv[i]) == "--variants")
             variants = true;
+        else if (std::string(argv[i]) == "--coarse" && i + 1 < argc)
+            coarse = strtof(argv[++i], NULL);
         else
             names.push_back(argv[i]);
     }
@@ -457,6 +496,9 @@ int main(int argc, char **argv) {
         for (const struct problem &p : goals) bench_attend(&p, true, variants);
     if (wanted("more"))
         for (const struct problem &p : others) bench_attend(&p, true, false);
+    if (wanted("trace"))
+        for (const struct problem &p : {goals[0], others[11], goals[2]})
+            for (int v : {0, 2, 4}) bench_trace(&p, &plain_variants[v]);
     if (wanted("codec")) {
         for (const char *codec : {"kivi2-paper", "kivi2", "kivi1.5", "kivi4-paper", "kivi2.5"}) bench_codec(codec, 128, copy_gbs);
     }

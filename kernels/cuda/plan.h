@@ -12,13 +12,14 @@ struct attend_limits {
     uint32_t slots;      /* blocks that run at once; 0: as the kernel was tuned */
     uint32_t stages;     /* most stages of a warp; 0: as many as fit */
     size_t parts_max;    /* partial results there is room for */
+    float coarse;        /* times as coarse as usual may digits be; 0: 1 */
     const struct attend_kernel *kernel; /* NULL: the one that fits shape and rows */
 };
 
 struct attend_launch {
     const struct attend_kernel *kernel;
     struct attend_call call; /* parts and counters are the caller's to fill in */
-    uint32_t grid;
+    uint32_t grid, threads;
     uint32_t shared_bytes;
     size_t upload_bytes; /* that have to be copied from host to device first */
 };

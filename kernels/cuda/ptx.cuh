@@ -110,6 +110,9 @@ KV_DEVICE void store_32(uint32_t a, uint32_t v) {
 KV_DEVICE void store_f32(uint32_t a, float v) {
     store_32(a, __float_as_uint(v));
 }
+KV_DEVICE void store_64(uint32_t a, uint32_t x, uint32_t y) {
+    asm volatile("st.shared.v2.u32 [%0],{%1,%2};" ::"r"(a), "r"(x), "r"(y) : "memory");
+}
 KV_DEVICE void store_128(uint32_t a, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
     asm volatile("st.shared.v4.u32 [%0],{%1,%2,%3,%4};" ::"r"(a), "r"(x), "r"(y), "r"(z), "r"(w)
                  : "memory");

@@ -467,7 +467,7 @@ KV_DEVICE void minmax_group(uint16_t *x, int stride, int n, int top, bool bf16, 
         const float v = f32_of_element(x[i * stride], bf16);
         low = fminf(low, v), high = fmaxf(high, v);
     }
-    low = __fadd_rn(low, 0.0f);
+    low = __fadd_rn(low, 0.0f), high = __fadd_rn(high, 0.0f); /* -0 becomes +0 */
     const float span = f32_of_element(element_saturated(__fsub_rn(high, low), bf16), bf16);
     scale_out = element_saturated(__fdiv_rn(span, (float)top), bf16);
     min_out = element_saturated(low, bf16);
