@@ -176,7 +176,7 @@ static void open_allocated(struct kv_io_request *request) {
         log->allocate_after_us = log->now_us + ALLOCATE_AGAIN_US;
         open_fail(log, segment, KV_SEGMENT_ABSENT);
         /* Fewer segments than hoped for is no reason to stop if there are others to reuse. */
-        if (kv_log_available(log) > 0 || kv_log_oldest(log) != KV_SEGMENT_NONE) {
+        if (log->in_use > 0) {
             log->paused_until_us = 0;
             log->pause_us        = 0;
         }

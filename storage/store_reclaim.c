@@ -223,15 +223,15 @@ static enum kv_status carry_start(struct kv_store *store, uint32_t index) {
 
 /* ---- The segment --------------------------------------------------------------------------- */
 
-static bool must_carry(struct kv_store *store, const struct kv_entry *entry) {
-    if (entry->class == KV_CLASS_KEEP || entry->pins > 0 || entry->transfers > 0 ||
-        kv_entry_protected(store, entry))
-        return true;
-    struct kv_reclaim *reclaim = &store->reclaim;
-    uint64_t pages             = kv_entry_pages(entry);
-    if (!entry->used || (reclaim->hot_pages + pages) * 4 > store->log->segment_pages) return false;
-    reclaim->hot_pages += pages;
-    return true;
+static bool must_carry(const struct kv_store *store, const struct kv_entry *entry) {
+    return entry->class == KV_CLASS_KEEP || entry->pins > 0 || entry->transfers > 0 ||
+           kv_entry_protected(store, entry);
+}
+
+/* Blocks in use, as many as have room in a quarter of a segment. */
+static bool may_carry(const struct kv_store *store, const struct kv_entry *entry) {
+    uint64_t pages = store->reclaim.hot_pages + kv_entry_pages(entry);
+    return entry->used && pages * 4 <= store->log->segment_pages;
 }
 
 /* Nothing more can be written for a while, and whoever waits for it is told. */
@@ -248,8 +248,10 @@ static bool segment_sort(struct kv_store *store) {
         uint32_t index = segment->live.head;
         if (index == KV_ENTRY_NONE) return true;
         struct kv_entry *entry = kv_store_entry(store, index);
-        if (must_carry(store, entry)) {
+        bool must = must_carry(store, entry);
+        if (must || may_carry(store, entry)) {
             enum kv_status status = carry_start(store, index);
+            if (status == KV_OK && !must) reclaim->hot_pages += kv_entry_pages(entry);
             if (status == KV_OK) continue;
             if (!kv_log_is_stuck(store->log)) {
                 if (status == KV_BUSY && kv_log_available(store->log) == 0) disk_is_full(store);
