@@ -18,13 +18,17 @@ struct bench_pair {
     const char *name;
     uint64_t seed;
     uint64_t only; /* run this case alone; 0: all */
-    uint64_t cases;
+    uint64_t number; /* of the case at hand, those left out counted */
+    uint64_t cases;  /* that ran */
     uint64_t failures;
     double worst_out;     /* largest error of an output, as a share of its bound */
     double worst_lse;
     double square_error;  /* of outputs, over all cases of ordinary data */
     double square_output;
 };
+
+/* Relative error of attention on ordinary data that a backend may have. */
+#define ERROR_ORDINARY 0x1p-11
 
 /* One case: everything in it follows from these. */
 struct check_case {
