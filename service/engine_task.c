@@ -315,15 +315,18 @@ void engine_expire_tasks(struct kv_engine *engine) {
     expire_list(engine, &engine->running);
 }
 
+/* A task that is too late already is not begun. */
 static bool start_laneless(struct kv_engine *engine) {
     bool moved = false;
     while (engine->lanes_free && engine->laneless.first) {
         struct task *task = engine->laneless.first;
+        moved = true;
+        expire(engine, task);
+        if (task->wait == WAIT_ENDED) continue;
         list_remove(task);
         lane_take(engine, task);
         task->wait = WAIT_AGAIN;
         list_append(&engine->running, task);
-        moved = true;
     }
     return moved;
 }

@@ -16,7 +16,8 @@
 
 static enum kv_status open_all(struct lab *lab) {
     const struct lab_options *o = &lab->options;
-    const struct kv_device_options device = {.name = "auto", .workers = 2};
+    const struct kv_device_options device = {.name = o->device ? o->device : "auto",
+                                             .workers = 2};
     enum kv_status status = kv_device_open(&device, &lab->device);
     if (status != KV_OK) return status;
     const struct kv_store_options store = {

@@ -14,6 +14,7 @@
 
 struct lab_options {
     const char *path;          /* NULL: no disk */
+    const char *device;        /* NULL: auto */
     uint64_t arena_bytes;      /* 0: 64 MiB */
     uint64_t disk_bytes;       /* 0: 256 MiB */
     uint64_t tail_bytes_max;   /* 0: half of the arena */
