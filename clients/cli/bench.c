@@ -2,6 +2,7 @@
 /* bench.c - how measurements are reported, and the ones that other programs make. */
 #include "clients/cli/bench.h"
 
+#include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -107,24 +108,92 @@ int bench_print(struct ctl *ctl, const struct bench *bench) {
 
 /* ---- Measurements inside a room are made by that room's own program ------------------------- */
 
-/* Becomes the helper; arguments are passed on as they are. */
-static int helper_become(struct ctl *ctl, const char *name, const char *bazel_path,
-                         const char **argv) {
-    char path[DAEMON_PATH_BYTES];
-    if (!program_find(name, bazel_path, path, sizeof path))
-        return ctl_say(ctl, EXIT_USAGE, "the program %s is not beside kivictl; build it with: bazel build //%s",
-                       name, bazel_path);
-    argv[0] = path;
-    execv(path, (char **)argv);
-    return ctl_say(ctl, EXIT_REFUSED, "%s cannot be run", path);
+/* Names given in the report of another program; the report owns them. */
+static double number_of(const json_t *row, const char *key) {
+    return json_number_value(json_object_get(row, key));
+}
+static const char *text_of(const json_t *row, const char *key) {
+    const char *text = json_string_value(json_object_get(row, key));
+    return text ? text : "";
+}
+
+/* The report of a helper as our own: the same shape, with machine and commit filled in. */
+static int helper_report(struct ctl *ctl, const char *name, FILE *out) {
+    json_error_t error;
+    json_t *report = json_loadf(out, JSON_DISABLE_EOF_CHECK, &error), *row;
+    size_t index;
+    if (!report) return ctl_say(ctl, EXIT_REFUSED, "its report is no JSON: %s", error.text);
+    struct bench bench = {.name = name};
+    json_array_foreach(json_object_get(report, "rows"), index, row) {
+        double ours = number_of(row, "ours"), opponent = number_of(row, "opponent");
+        bool less = opponent > 0 && (number_of(row, "ratio") > 1) != (ours > opponent);
+        bench_row(&bench, (struct bench_row){.name = text_of(row, "name"),
+                                             .opponent_name = text_of(row, "opponent_name"),
+                                             .unit = text_of(row, "unit"), .ours = ours,
+                                             .opponent = opponent, .less_is_better = less,
+                                             .goal = number_of(row, "goal")});
+    }
+    int exit_code = bench_print(ctl, &bench);
+    json_decref(report);
+    return exit_code;
+}
+
+/* Runs PROGRAM ARGUMENTS, whose report goes to the file named last on its command line or, without
+ * `to_file`, to its stdout. */
+static int helper_run(struct ctl *ctl, const char *name, const char *program,
+                      const char *bazel_path, const char *arguments, bool to_file) {
+    char path[DAEMON_PATH_BYTES], file[] = "/tmp/kivictl-bench-XXXXXX";
+    char line[3 * DAEMON_PATH_BYTES];
+    if (!program_find(program, bazel_path, path, sizeof path))
+        return ctl_say(ctl, EXIT_USAGE, "%s is not beside kivictl; build it: bazel build //%.*s:%s",
+                       program, (int)(strlen(bazel_path) - strlen(program) - 1), bazel_path,
+                       program);
+    int fd = mkstemp(file);
+    if (fd < 0) return ctl_say(ctl, EXIT_REFUSED, "%s cannot be written", file);
+    snprintf(line, sizeof line, to_file ? "'%s' %s '%s' >&2" : "'%s' %s >'%s'", path, arguments,
+             file);
+    int status = system(line);
+    FILE *out = fdopen(fd, "r");
+    int exit_code = status == 0 ? helper_report(ctl, name, out)
+                                : ctl_say(ctl, EXIT_REFUSED, "%s failed", path);
+    fclose(out);
+    unlink(file);
+    return exit_code;
 }
 
 static int run_bench_disk(struct ctl *ctl, int argc, const char **argv) {
-    return helper_become(ctl, "disk_bench", "tests/bench/disk_bench", argv);
+    char *dir = NULL, arguments[DAEMON_PATH_BYTES];
+    int runs = BENCH_RUNS, kib = 1024, depth = 32, exit_code;
+    const struct poptOption own[] = {
+        {"dir", 'd', POPT_ARG_STRING, &dir, 0, "on the file system to measure (/tmp)", "DIR"},
+        {"runs", 'n', POPT_ARG_INT, &runs, 0, "of each side (5)", "N"},
+        {"kib", 0, POPT_ARG_INT, &kib, 0, "of a block (1024)", "KIB"},
+        {"depth", 0, POPT_ARG_INT, &depth, 0, "requests in flight (32)", "N"}, POPT_TABLEEND};
+    if (!ctl_options(ctl, argc, argv, own, "[OPTIONS]", "Needs fio, and 2 GB in DIR.\n", 0, 0,
+                     &exit_code))
+        return exit_code;
+    if (runs < BENCH_RUNS) return ctl_say(ctl, EXIT_USAGE, "at least %d runs", BENCH_RUNS);
+    char made[DAEMON_PATH_BYTES];
+    snprintf(made, sizeof made, "%s/kivictl-disk-XXXXXX", dir ? dir : "/tmp");
+    if (strchr(made, '\'') || !mkdtemp(made))
+        return ctl_say(ctl, EXIT_USAGE, "%s: %s", made, strerror(errno));
+    snprintf(arguments, sizeof arguments, "'%.300s' %d %d %d", made, runs, kib, depth);
+    exit_code = helper_run(ctl, "disk", "disk_bench", "tests/storage/disk_bench", arguments, false);
+    directory_remove(made);
+    return exit_code;
 }
 
 static int run_bench_attend(struct ctl *ctl, int argc, const char **argv) {
-    return helper_become(ctl, "attend_bench", "tests/bench/attend_bench", argv);
+    char *codec = NULL, arguments[128];
+    int exit_code;
+    const struct poptOption own[] = {
+        {"codec", 0, POPT_ARG_STRING, &codec, 0, "a preset (kivi2)", "PRESET"}, POPT_TABLEEND};
+    if (!ctl_options(ctl, argc, argv, own, "[OPTIONS]", NULL, 0, 0, &exit_code)) return exit_code;
+    if (codec && strspn(codec, "abcdefghijklmnopqrstuvwxyz0123456789.-") != strlen(codec))
+        return ctl_say(ctl, EXIT_USAGE, "--codec is a preset's name");
+    snprintf(arguments, sizeof arguments, "%s%.64s --json", codec ? "--codec " : "",
+             codec ? codec : "");
+    return helper_run(ctl, "attend", "attend_bench", "tests/bench/attend_bench", arguments, true);
 }
 
 const struct command BENCH_COMMANDS[] = {

@@ -143,7 +143,11 @@ static int entry_remove(const char *path, const struct stat *status, int kind, s
     return 0;
 }
 
+void directory_remove(const char *path) {
+    nftw(path, entry_remove, 16, FTW_DEPTH | FTW_PHYS);
+}
+
 void daemon_remove(struct daemon *daemon) {
     daemon_stop(daemon, SIGKILL);
-    if (daemon->dir[0]) nftw(daemon->dir, entry_remove, 16, FTW_DEPTH | FTW_PHYS);
+    if (daemon->dir[0]) directory_remove(daemon->dir);
 }

@@ -32,6 +32,9 @@ bool daemon_start(struct ctl *ctl, struct daemon *daemon, const char *const *fla
 /* Ends it with SIGTERM (waits for a clean stop) or SIGKILL. */
 void daemon_stop(struct daemon *daemon, int signal_number);
 
+/* Removes a directory with all that is in it. */
+void directory_remove(const char *path);
+
 /* Stops it hard if it runs and removes the directory. */
 void daemon_remove(struct daemon *daemon);
 

@@ -18,7 +18,6 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
-
 #include "clients/cli/kivictl.h"
 
 enum verdict { FINE, NOTE, WORSE, BROKEN };
