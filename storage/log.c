@@ -234,7 +234,9 @@ uint32_t kv_log_available(const struct kv_log *log) {
 bool kv_log_wants_room(const struct kv_log *log) {
     if (log->allocated > log->segments_max) return true;
     if (kv_log_available(log) >= 2) return false;
-    return log->open == KV_SEGMENT_NONE ||
+    /* With none left nothing but what is carried may be placed, however empty the open one is: a
+     * crash in the middle of reclaiming leaves it so. */
+    return kv_log_available(log) == 0 || log->open == KV_SEGMENT_NONE ||
            log->segments[log->open].end_page > log->segment_pages / 2;
 }
 
