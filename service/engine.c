@@ -22,17 +22,17 @@ enum {
     STAGING_EXTRA = 64 * 1024,
 };
 
-static const struct {
-    step_fn *start;
-} kinds[] = {
-    [KV_REQUEST_REGISTER] = {register_start}, [KV_REQUEST_LAYOUTS] = {layouts_start},
-    [KV_REQUEST_LOOKUP] = {lookup_start},     [KV_REQUEST_PUT] = {put_start},
-    [KV_REQUEST_PUT_END] = {put_end_start},   [KV_REQUEST_GET] = {get_start},
-    [KV_REQUEST_OPEN] = {open_start},         [KV_REQUEST_COMMIT] = {close_start},
-    [KV_REQUEST_CLOSE] = {close_start},       [KV_REQUEST_DELETE] = {delete_start},
-    [KV_REQUEST_LIST] = {list_start},         [KV_REQUEST_DESCRIBE] = {describe_start},
-    [KV_REQUEST_APPEND] = {append_start},     [KV_REQUEST_ATTEND] = {attend_start},
-    [KV_REQUEST_FETCH] = {fetch_start},       [KV_REQUEST_STATS] = {NULL},
+static step_fn stats_start;
+
+static step_fn *const starts[] = {
+    [KV_REQUEST_REGISTER] = register_start, [KV_REQUEST_LAYOUTS] = layouts_start,
+    [KV_REQUEST_LOOKUP] = lookup_start,     [KV_REQUEST_PUT] = put_start,
+    [KV_REQUEST_PUT_END] = put_end_start,   [KV_REQUEST_GET] = get_start,
+    [KV_REQUEST_OPEN] = open_start,         [KV_REQUEST_COMMIT] = close_start,
+    [KV_REQUEST_CLOSE] = close_start,       [KV_REQUEST_DELETE] = delete_start,
+    [KV_REQUEST_LIST] = list_start,         [KV_REQUEST_DESCRIBE] = describe_start,
+    [KV_REQUEST_APPEND] = append_start,     [KV_REQUEST_ATTEND] = attend_start,
+    [KV_REQUEST_FETCH] = fetch_start,       [KV_REQUEST_STATS] = stats_start,
 };
 
 /* ---- Opening and closing ---------------------------------------------------------------- */
@@ -169,7 +169,7 @@ void kv_engine_close(struct kv_engine *engine) {
 
 /* ---- Requests in ------------------------------------------------------------------------- */
 
-static void stats_answer(struct kv_engine *engine, struct task *task) {
+static void stats_start(struct kv_engine *engine, struct task *task) {
     struct kv_engine_stats *stats = &engine->stats;
     stats->backend = kv_device_name(engine->options.device);
     stats->io_engine = kv_store_io_engine(engine->options.store);
@@ -209,9 +209,8 @@ static void start_request(struct kv_engine *engine, struct kv_request *request) 
         refuse(engine, request, KV_BUSY, "too many requests wait for the disk");
         return;
     }
-    KV_CHECK((size_t)request->kind < sizeof kinds / sizeof kinds[0]);
-    if (request->kind == KV_REQUEST_STATS) stats_answer(engine, task);
-    else kinds[request->kind].start(engine, task);
+    KV_CHECK((size_t)request->kind < sizeof starts / sizeof starts[0]);
+    starts[request->kind](engine, task);
 }
 
 static bool start_requests(struct kv_engine *engine, struct kv_request *request) {
@@ -255,12 +254,18 @@ static bool turn_once(struct kv_engine *engine) {
     return moved;
 }
 
+static void pause_briefly(void) {
+#if defined(__x86_64__)
+    for (int i = 0; i < 16; i++) __builtin_ia32_pause();
+#endif
+}
+
 static bool spin(struct kv_engine *engine) {
     if (!engine->spin_us || !engine->running.first) return false;
     uint64_t end_us = engine_clock_us() + engine->spin_us;
     do {
         if (engine_work_waiting(engine)) return true;
-        for (int i = 0; i < 16; i++) __builtin_ia32_pause();
+        pause_briefly();
     } while (engine_clock_us() < end_us);
     return false;
 }

@@ -200,7 +200,7 @@ struct task {
             uint32_t block;     /* whose key is looked for */
             /* loading */
             uint32_t chunk, layer; /* where the copy goes on; layer within the chunk */
-            uint32_t chunk_count, chunk_layers, ids_count;
+            uint32_t chunk_count, chunk_layers;
             uint64_t length, generation;
             uint8_t nonce[16];
         } open;
