@@ -34,7 +34,7 @@ static void repair_record(const struct kv_segment_header *segment, uint8_t *memo
                           const uint8_t *choice) {
     struct kv_record record = {.sequence = choice[0], .page = page, .kind = 1u + choice[1] % 3};
     if (record.kind != KV_RECORD_TOMBSTONE) {
-        record.part_count = 1u + choice[2] * 9u;
+        record.part_count = 1u + choice[2] * 8u;
         record.part_bytes = 1u + (uint32_t)choice[3] * 37u;
     }
     if (page + kv_record_pages(record.part_count, record.part_bytes) > SEGMENT_PAGES) return;
