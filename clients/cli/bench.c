@@ -98,6 +98,7 @@ int bench_print(struct ctl *ctl, const struct bench *bench) {
     if (ctl->json) {
         json_print(json_pack("{s:s, s:s, s:s, s:O}", "bench", bench->name, "machine", machine,
                              "commit", commit, "rows", rows));
+        table_free(&table);
     } else {
         printf("%s  (%s, commit %s)\n", bench->name, machine, commit);
         table_print(&table);

@@ -156,6 +156,7 @@ static void found_print(struct ctl *ctl, const struct kivi_found *found) {
     if (ctl->json) {
         json_print(json_pack("{s:I, s:I, s:O}", "tokens", (json_int_t)found->tokens, "load_us",
                              (json_int_t)found->load_us, "blocks", list));
+        table_free(&table);
     } else {
         table_print(&table);
         printf("%" PRIu64 " tokens, about %s to load\n", found->tokens,

@@ -102,8 +102,12 @@ static int run_layouts(struct ctl *ctl, int argc, const char **argv) {
         table_cell(&table, "%.4g", infos[i].bits_per_element);
     }
     kivi_free(infos);
-    if (ctl->json) json_print(json_pack("{s:O}", "layouts", list));
-    else table_print(&table);
+    if (ctl->json) {
+        json_print(json_pack("{s:O}", "layouts", list));
+        table_free(&table);
+    } else {
+        table_print(&table);
+    }
     json_decref(list);
     return EXIT_DONE;
 }

@@ -44,8 +44,12 @@ static int run_ls(struct ctl *ctl, int argc, const char **argv) {
         table_cell(&table, "%s", text_us((double)info->age_ms * 1e3));
     }
     kivi_free(infos);
-    if (ctl->json) json_print(json_pack("{s:O}", "sessions", list));
-    else table_print(&table);
+    if (ctl->json) {
+        json_print(json_pack("{s:O}", "sessions", list));
+        table_free(&table);
+    } else {
+        table_print(&table);
+    }
     json_decref(list);
     return EXIT_DONE;
 }

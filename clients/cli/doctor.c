@@ -245,8 +245,12 @@ static int run_doctor(struct ctl *ctl, int argc, const char **argv) {
         table_cell(&table, "%s", VERDICTS[finding.verdict]);
         table_cell(&table, "%s%s%s", finding.found, finding.advice[0] ? ". " : "", finding.advice);
     }
-    if (ctl->json) json_print(json_pack("{s:b, s:O}", "ok", worst < WORSE, "checks", list));
-    else table_print(&table);
+    if (ctl->json) {
+        json_print(json_pack("{s:b, s:O}", "ok", worst < WORSE, "checks", list));
+        table_free(&table);
+    } else {
+        table_print(&table);
+    }
     json_decref(list);
     return worst < WORSE ? EXIT_DONE : EXIT_MISSED;
 }

@@ -56,6 +56,15 @@ bool ctl_connect(struct ctl *ctl) {
     return false;
 }
 
+/* Text values belong to who asked for them, and are needed until the command is over. */
+static void texts_keep(struct ctl *ctl, const struct poptOption *own) {
+    for (const struct poptOption *option = own; option && option->longName; option++) {
+        if ((option->argInfo & POPT_ARG_MASK) != POPT_ARG_STRING) continue;
+        char *text = *(char **)option->arg;
+        if (text && ctl->text_count < 16) ctl->texts[ctl->text_count++] = text;
+    }
+}
+
 bool ctl_options(struct ctl *ctl, int argc, const char **argv, const struct poptOption *own,
                  const char *usage, const char *notes, int least, int most, int *exit_code) {
     static const struct poptOption none[] = {POPT_TABLEEND};
@@ -81,6 +90,7 @@ bool ctl_options(struct ctl *ctl, int argc, const char **argv, const struct popt
 
     ctl->options = poptGetContext(title, argc, argv, all, 0);
     int got = poptGetNextOpt(ctl->options);
+    texts_keep(ctl, own);
     if (got < -1) {
         *exit_code = ctl_say(ctl, EXIT_USAGE, "%s: %s", poptBadOption(ctl->options, 0),
                              poptStrerror(got));
@@ -160,6 +170,7 @@ int main(int argc, char **argv) {
     int exit_code = command->run(&ctl, argc - words, (const char **)argv + words);
     kivi_client_close(ctl.client);
     poptFreeContext(ctl.options);
+    while (ctl.text_count > 0) free(ctl.texts[--ctl.text_count]);
     free(ctl.target);
     return exit_code;
 }

@@ -26,6 +26,8 @@ struct ctl {
     poptContext options;
     const char **arguments; /* after the options, NULL at the end */
     int argument_count;
+    char *texts[16];        /* values of options, to be freed at the end */
+    int text_count;
     struct kivi_client *client;
     struct kivi_error error; /* of the last call */
 };

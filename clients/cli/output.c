@@ -47,6 +47,11 @@ void table_cell(struct table *table, const char *format, ...) {
     table_append(table, bytes < 0 ? NULL : text);
 }
 
+void table_free(struct table *table) {
+    for (size_t i = 0; i < table->cell_count; i++) free(table->cells[i]);
+    free(table->cells);
+}
+
 void table_print(struct table *table) {
     size_t widths[TABLE_COLUMNS_MAX] = {0};
     for (size_t i = 0; i < table->cell_count; i++) {
@@ -60,10 +65,9 @@ void table_print(struct table *table) {
         if (table->right[column]) printf("%*s", width, table->cells[i]);
         else printf("%-*s", last ? 0 : width, table->cells[i]);
         fputs(last ? "\n" : "  ", stdout);
-        free(table->cells[i]);
     }
     if (table->cell_count == table->columns) puts("(none)");
-    free(table->cells);
+    table_free(table);
 }
 
 /* ---- JSON -------------------------------------------------------------------------------- */

@@ -29,6 +29,7 @@ struct table {
 void table_begin(struct table *table, const char *headings);
 void table_cell(struct table *table, const char *format, ...) __attribute__((format(printf, 2, 3)));
 void table_print(struct table *table); /* prints and frees; nothing but the heading: "(none)" */
+void table_free(struct table *table);
 
 /* ---- JSON --------------------------------------------------------------------------------- */
 
