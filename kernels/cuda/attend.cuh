@@ -1115,7 +1115,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __grid_constant_
     work.fragments_raw = shared_address(shared) + at.fragments_raw;
     work.words = shared_address(shared) + at.scratch + warp * at.scratch_bytes;
     work.zeros = work.words + NQ * D * 8;
-    work.coarse = MINMAX || item.dtype == KV_DTYPE_F32 ? 0.22f : 1.0f;
+    work.coarse = MINMAX ? 0.1f : item.dtype == KV_DTYPE_F32 ? 0.2f : 1.0f;
 #pragma unroll
     for (int q = 0; q < NQ; q++) {
         work.unscale[q] = ((const float *)(shared + at.vectors))[4 * q + (lane & 3)];
