@@ -711,11 +711,17 @@ class HostileTest(unittest.TestCase):
             silent.append(quiet)
 
         # Beside all that, one client works.
-        served, worst = 0, 0
+        served, worst, mistaken = 0, 0, 0
         until = time.monotonic() + 8
         while time.monotonic() < until:
             began = time.monotonic()
-            answer = list(kivi.Attend(iter([attend_frame(session)]), timeout=20))
+            try:
+                answer = list(kivi.Attend(iter([attend_frame(session)]), timeout=20))
+            except grpc.RpcError as error:
+                # On a machine that starves this client it can look as if it did not read.
+                self.assertEqual(error.code(), grpc.StatusCode.RESOURCE_EXHAUSTED)
+                mistaken += 1
+                continue
             worst = max(worst, time.monotonic() - began)
             served += len(answer)
         stop.set()
@@ -727,6 +733,7 @@ class HostileTest(unittest.TestCase):
         if not sanitized:  # a sanitizer's own memory is in nobody's configuration
             self.assertLess(peak[0], self.allowed())
         self.assertGreater(served, 10)
+        self.assertLess(mistaken, 1 + served // 10)
         self.assertIn("does not read", kivid.said())
         for one, sender, call in hostile:
             sender.done()

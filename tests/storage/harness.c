@@ -39,8 +39,10 @@ uint32_t harness_rounds(uint32_t optimized) {
 
 void harness_setup(struct harness *h) {
     memset(h, 0, sizeof *h);
+    /* Bazel's directory for tests can be longer than a path here may be. */
     const char *parent = getenv("TEST_TMPDIR");
-    snprintf(h->root, sizeof h->root, "%s/kivid-storage-XXXXXX", parent != NULL ? parent : "/tmp");
+    snprintf(h->root, sizeof h->root, "%s/kivid-storage-XXXXXX",
+             parent != NULL && strlen(parent) < 90 ? parent : "/tmp");
     assert_non_null(mkdtemp(h->root));
     snprintf(h->path, sizeof h->path, "%s/store", h->root);
     h->options = (struct kv_store_options){
