@@ -53,7 +53,7 @@ exits 2 nonsense
 exits 2 append "$file"
 exits 3 ping
 is "an unreachable service may be asked again" True "$(json "it['error']['retry']")"
-exits 2 append /does/not/exist --session a
+exits 2 append missing/exist --session a
 
 start
 exits 0 ping
