@@ -14,7 +14,9 @@ const char *__tsan_default_options(void);
 const char *__tsan_default_suppressions(void);
 
 const char *__asan_default_options(void) {
-    return "detect_leaks=1:strict_string_checks=1:detect_stack_use_after_return=1";
+    /* Not detect_stack_use_after_return: GCC 12 puts 64-byte aligned locals on its fake stack at
+     * multiples of 32, and AVX-512 code faults there. */
+    return "detect_leaks=1:strict_string_checks=1:detect_stack_use_after_return=0";
 }
 
 const char *__ubsan_default_options(void) {

@@ -719,7 +719,8 @@ class HostileTest(unittest.TestCase):
                 answer = list(kivi.Attend(iter([attend_frame(session)]), timeout=20))
             except grpc.RpcError as error:
                 # On a machine that starves this client it can look as if it did not read.
-                self.assertEqual(error.code(), grpc.StatusCode.RESOURCE_EXHAUSTED)
+                self.assertIn(error.code(), (grpc.StatusCode.RESOURCE_EXHAUSTED,
+                                             grpc.StatusCode.INTERNAL))
                 mistaken += 1
                 continue
             worst = max(worst, time.monotonic() - began)
