@@ -25,8 +25,7 @@ const char *__ubsan_default_options(void) {
 
 /* A race fails the program at its end (exit code 66), after all of them have been printed. */
 const char *__tsan_default_options(void) {
-    /* io_test tries a refused io_uring in a child that starts threads of its own. */
-    return "second_deadlock_stack=1:die_after_fork=0";
+    return "second_deadlock_stack=1";
 }
 
 const char *__tsan_default_suppressions(void) {
