@@ -109,22 +109,26 @@ static void fault_note(_Atomic uint32_t *fault, size_t found) {
 }
 
 /* Token-major rows of K or V into a raw page's half.  Returns the index of the first bad
- * element, or the item's number of elements. */
+ * element, or the item's number of elements.  Head by head, so that the page, which no cache holds
+ * yet, is written from front to back; what is read was written a moment ago. */
 static size_t ingest_rows(const struct ingest_call *call, const struct kv_ingest *item,
                           uint32_t token, uint32_t end, const void *source, uint16_t *half,
                           const struct kv_cpu_isa *isa) {
     const struct kv_shape *shape = &call->shape;
     uint32_t D = shape->head_dim, H = shape->heads;
     float limit = shape->codec.kind == KV_CODEC_RAW ? FLT_MAX : 65504.0f;
-    for (; token < end; token++)
-        for (uint32_t head = 0; head < H; head++) {
-            size_t index = ((size_t)token * H + head) * D;
+    size_t first_bad = (size_t)item->tokens * H * D;
+    for (uint32_t head = 0; head < H; head++)
+        for (uint32_t t = token; t < end; t++) {
+            size_t index = ((size_t)t * H + head) * D;
             const uint8_t *row = (const uint8_t *)source + index * kv_dtype_bytes(item->dtype);
             size_t good = isa->convert(row, item->dtype, (enum kv_dtype)shape->dtype, limit,
-                                       half + raw_row(shape, head, item->token + token), D);
-            if (good < D) return index + good;
+                                       half + raw_row(shape, head, item->token + t), D);
+            if (good == D) continue;
+            if (index + good < first_bad) first_bad = index + good;
+            break;
         }
-    return (size_t)item->tokens * H * D;
+    return first_bad;
 }
 
 static void ingest_run(const struct kv_cpu_op *op, uint32_t task, struct kv_cpu_worker *worker) {
