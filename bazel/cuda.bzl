@@ -13,7 +13,7 @@
 
     cc_library(
         name = "backends",
-        defines = ["KV_HAVE_CUDA"] if HAVE_CUDA else [],
+        local_defines = ["KV_HAVE_CUDA"] if HAVE_CUDA else [],
         deps = [":cpu"] + (["//kernels/cuda"] if HAVE_CUDA else []),
     )
 
@@ -23,9 +23,20 @@ deps, like any C file. The runtime is linked statically and looks for the driver
 called: one binary runs with and without a GPU.
 """
 
-load("@cuda//:defs.bzl", "CUDA_ARCHS", "HAVE_CUDA", "NVCC")
+load("@cuda//:defs.bzl", "CUDA_ARCHS", "CUDA_ARCHS_KNOWN", "CUDA_PORTABLE", "HAVE_CUDA", "NVCC")
 load("@rules_cc//cc:defs.bzl", "cc_library")
 load("@rules_cc//cc/common:cc_info.bzl", "CcInfo")
+
+def _archs(ctx):
+    """What --define=cuda_archs=80,90a asks for, or else what a build has time for."""
+    asked = ctx.var.get("cuda_archs", "")
+    if not asked:
+        return ctx.attr.archs
+    archs = asked.split(",")
+    unknown = [arch for arch in archs if arch not in ctx.attr.archs_known]
+    if unknown:
+        fail("cuda_archs: %s are not among %s" % (unknown, ctx.attr.archs_known))
+    return archs
 
 def _cuda_objects(ctx):
     compilation = [dep[CcInfo].compilation_context for dep in ctx.attr.deps]
@@ -37,14 +48,16 @@ def _cuda_objects(ctx):
     for source in ctx.files.srcs:
         object = ctx.actions.declare_file("_cuda/%s/%s.o" % (ctx.label.name, source.basename))
         arguments = ctx.actions.args()
-        for arch in ctx.attr.archs:
-            # Machine code for each; for the last one also PTX, which newer GPUs translate.
+        for arch in _archs(ctx):
             arguments.add("-gencode=arch=compute_%s,code=sm_%s" % (arch, arch))
-        arguments.add("-gencode=arch=compute_%s,code=compute_%s" % (ctx.attr.archs[-1], ctx.attr.archs[-1]))
 
-        arguments.add_all(["-O3", "-std=c++17", "-lineinfo"])
+        # Every other GPU translates this when it first loads it, which takes it a minute or more.
+        arguments.add("-gencode=arch=compute_%s,code=compute_%s" % (ctx.attr.portable, ctx.attr.portable))
+
+        arguments.add_all(["-O3", "-std=c++17", "-lineinfo", "-Xfatbin=-compress-all"])
         arguments.add("--fmad=true" if ctx.attr.fmad else "--fmad=false")
         arguments.add_all(["-Xcompiler", "-fPIC,-Wall,-fno-exceptions"])
+        arguments.add("-diag-suppress=2361")  # C's enums in braces, which our headers share with C++
         arguments.add_all(["-I.", "-I" + ctx.bin_dir.path])
         arguments.add_all(includes, before_each = "-I")
         arguments.add_all(system_includes, before_each = "-I")
@@ -78,11 +91,13 @@ _cuda_objects_rule = rule(
     attrs = {
         "archive": attr.output(mandatory = True),
         "archs": attr.string_list(mandatory = True, allow_empty = False),
+        "archs_known": attr.string_list(mandatory = True, allow_empty = False),
         "copts": attr.string_list(),
         "deps": attr.label_list(providers = [CcInfo]),
         "fmad": attr.bool(),
         "hdrs": attr.label_list(allow_files = [".h", ".cuh"]),
         "nvcc": attr.string(mandatory = True),
+        "portable": attr.string(mandatory = True),
         "srcs": attr.label_list(allow_files = [".cu"], mandatory = True),
     },
 )
@@ -95,8 +110,8 @@ def cuda_library(name, srcs, hdrs = [], deps = [], archs = None, fmad = False, c
       srcs: .cu files.
       hdrs: .h for those who depend on it, .cuh for its own sources.
       deps: cc_library targets whose headers the sources include.
-      archs: compute capabilities, "80" to "120", oldest first; by default all of
-        cuda_configure.bzl that nvcc knows.
+      archs: compute capabilities to make machine code for, "80" to "120"; by default those of
+        cuda_configure.bzl. --define=cuda_archs=80,89,90a,100,120 on the command line goes before both.
       fmad: whether a*b+c may be fused into one rounding. Not where codes are made, for the reason
         given at -ffp-contract in .bazelrc; attention is the place to be fast.
       copts: more flags for nvcc.
@@ -111,9 +126,11 @@ def cuda_library(name, srcs, hdrs = [], deps = [], archs = None, fmad = False, c
         hdrs = hdrs,
         archive = archive,
         archs = archs or CUDA_ARCHS,
+        archs_known = CUDA_ARCHS_KNOWN,
         copts = copts,
         fmad = fmad,
         nvcc = NVCC,
+        portable = CUDA_PORTABLE,
         visibility = ["//visibility:private"],
         deps = deps,
     )

@@ -4,7 +4,9 @@
 @cuda//:defs.bzl has
   HAVE_CUDA   whether there is an nvcc
   NVCC        its path
-  CUDA_ARCHS  which of _ARCHS it can compile for
+  CUDA_ARCHS_KNOWN  which of _ARCHS it can compile for
+  CUDA_ARCHS        those that are compiled for unless --define=cuda_archs says otherwise
+  CUDA_PORTABLE     what the intermediate code for all other GPUs assumes
 and @cuda//:cudart is the static runtime. (A file of its own, apart from cuda.bzl, because that one
 loads what this one writes.)
 """
@@ -12,6 +14,11 @@ loads what this one writes.)
 # A100, L4 and RTX 40, H100 and H200, B200, RTX 50. The "a" of 90a opens Hopper's own instructions; code
 # for 8.0 also runs on 8.6 and 8.7, code for 10.0 on 10.3.
 _ARCHS = ["80", "89", "90a", "100", "120"]
+
+# One architecture costs two cores three minutes, so a plain build is for Hopper and translates for the
+# rest.
+_DEFAULT = ["90a"]
+_PORTABLE = "80"
 
 _BUILD = """\
 load("@rules_cc//cc:defs.bzl", "cc_library")
@@ -39,6 +46,7 @@ def _cuda_configure(rctx):
     have = rctx.path(nvcc).exists
 
     archs = []
+    default = []
     if have:
         listed = rctx.execute([nvcc, "--list-gpu-code"])
         if listed.return_code:
@@ -48,7 +56,16 @@ def _cuda_configure(rctx):
         if not archs:
             fail("%s knows none of the architectures %s" % (nvcc, _ARCHS))
 
-    rctx.file("defs.bzl", "HAVE_CUDA = %r\nNVCC = %r\nCUDA_ARCHS = %r\n" % (have, nvcc, archs))
+        default = [arch for arch in _DEFAULT if arch in archs] or archs[-1:]
+
+    rctx.file("defs.bzl", "\n".join([
+        "HAVE_CUDA = %r" % have,
+        "NVCC = %r" % nvcc,
+        "CUDA_ARCHS = %r" % default,
+        "CUDA_ARCHS_KNOWN = %r" % archs,
+        "CUDA_PORTABLE = %r" % _PORTABLE,
+        "",
+    ]))
     rctx.file("BUILD.bazel", _BUILD.format(home = home) if have else "")
 
 cuda_configure = repository_rule(
