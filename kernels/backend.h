@@ -31,6 +31,8 @@ struct kv_backend {
     enum kv_status (*stream_open)(struct kv_device *device, struct kv_stream **out);
     void (*stream_close)(struct kv_stream *stream);
     void (*copy)(struct kv_stream *stream, void *target, const void *source, size_t bytes);
+    void (*copy_rows)(struct kv_stream *stream, struct kv_rows target, struct kv_rows_const source,
+                      size_t bytes, uint32_t rows);
     uint64_t (*mark)(struct kv_stream *stream);
     bool (*reached)(struct kv_stream *stream, uint64_t ticket);
     void (*notify)(struct kv_stream *stream, int eventfd);

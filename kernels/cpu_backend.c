@@ -4,7 +4,7 @@
  * Each verb is the same three things: a struct with a copy of the arguments, a function
  * that runs one task of it, and a function that cuts the call into tasks and queues it.
  *
- *   copy        pieces of COPY_BYTES
+ *   copy        pieces of COPY_BYTES; rows: a row
  *   ingest      an item's tokens in slabs of about SLAB_ELEMENTS, keys and values
  *   emit        likewise
  *   quantize    a KV head of an item; a whole page where the codec is RAW
@@ -43,6 +43,31 @@ static void copy(struct kv_stream *stream, void *target, const void *source, siz
     kv_cpu_submit(stream, &(struct kv_cpu_op){
                               .run = {copy_run},
                               .tasks = {(uint32_t)((bytes + COPY_BYTES - 1) / COPY_BYTES)},
+                              .arguments = call,
+                              .notify_fd = -1,
+                          });
+}
+
+struct copy_rows_call {
+    struct kv_rows target;
+    struct kv_rows_const source;
+    size_t bytes;
+};
+
+static void copy_rows_run(const struct kv_cpu_op *op, uint32_t task,
+                          struct kv_cpu_worker *worker) {
+    const struct copy_rows_call *call = op->arguments;
+    memcpy((uint8_t *)call->target.memory + task * call->target.pitch,
+           (const uint8_t *)call->source.memory + task * call->source.pitch, call->bytes);
+}
+
+static void copy_rows(struct kv_stream *stream, struct kv_rows target, struct kv_rows_const source,
+                      size_t bytes, uint32_t rows) {
+    struct copy_rows_call *call = kv_cpu_arguments(stream, sizeof *call);
+    *call = (struct copy_rows_call){.target = target, .source = source, .bytes = bytes};
+    kv_cpu_submit(stream, &(struct kv_cpu_op){
+                              .run = {copy_rows_run},
+                              .tasks = {rows},
                               .arguments = call,
                               .notify_fd = -1,
                           });
@@ -423,6 +448,7 @@ const struct kv_backend kv_cpu_backend = {
     .stream_open = kv_cpu_stream_open,
     .stream_close = kv_cpu_stream_close,
     .copy = copy,
+    .copy_rows = copy_rows,
     .mark = kv_cpu_stream_mark,
     .reached = kv_cpu_stream_reached,
     .notify = notify,

@@ -66,6 +66,13 @@ void kv_stream_copy(struct kv_stream *stream, void *target, const void *source, 
     stream->backend->copy(stream, target, source, bytes);
 }
 
+void kv_stream_copy_rows(struct kv_stream *stream, struct kv_rows target,
+                         struct kv_rows_const source, size_t bytes, uint32_t rows) {
+    KV_CHECK(target.memory != NULL && source.memory != NULL);
+    KV_CHECK(bytes <= target.pitch && bytes <= source.pitch);
+    stream->backend->copy_rows(stream, target, source, bytes, rows);
+}
+
 uint64_t kv_stream_mark(struct kv_stream *stream) {
     return stream->backend->mark(stream);
 }

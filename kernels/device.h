@@ -63,6 +63,18 @@ void kv_stream_close(struct kv_stream *stream); /* waits for its work */
 /* Queues a copy between any two memories of the device. */
 void kv_stream_copy(struct kv_stream *stream, void *target, const void *source, size_t bytes);
 
+/* The same for `rows` runs of `bytes` that begin a pitch apart, which is at least `bytes`. */
+struct kv_rows {
+    void *memory;
+    size_t pitch;
+};
+struct kv_rows_const {
+    const void *memory;
+    size_t pitch;
+};
+void kv_stream_copy_rows(struct kv_stream *stream, struct kv_rows target,
+                         struct kv_rows_const source, size_t bytes, uint32_t rows);
+
 /* A ticket for everything queued so far. */
 uint64_t kv_stream_mark(struct kv_stream *stream);
 

@@ -11,7 +11,8 @@
  *   observe     query rows  ->  running query energy
  *   attend      query rows x pages  ->  output and log-sum-exp
  *
- * Memory.  The caller owns every buffer and keeps it unchanged until a ticket taken after
+ * Memory.  Pages are device or pinned memory; the device reads and writes pinned memory across the bus,
+ *          which is right and slow.  The caller owns every buffer and keeps it unchanged until a ticket taken after
  *          the call is reached; the arrays of items themselves are copied before the call
  *          returns, and so are the arrays of page references.  No backend allocates after
  *          kv_stream_open().
@@ -148,7 +149,7 @@ struct kv_attend {
     uint32_t rows;      /* 1 .. KV_ROWS_MAX */
     float score_scale;
     uint32_t page_count; /* 0: the context is empty */
-    const struct kv_page_ref *pages; /* host array; page memory is device memory */
+    const struct kv_page_ref *pages; /* host array */
     const uint32_t *visible;         /* host array [rows], copied */
     bool merge;
     float *out; /* device or pinned, [rows][heads_q][head_dim] */

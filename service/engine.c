@@ -20,6 +20,7 @@ enum {
     IDLE_WAIT_US = 200000,    /* between looks for idle sessions */
     SPIN_US = 40,             /* a futex sleep and wake-up across two CPUs, twice */
     STAGING_EXTRA = 64 * 1024,
+    GPU_ARENA_MIN = 2 << 20,
 };
 
 static step_fn stats_start;
@@ -102,6 +103,26 @@ static enum kv_status open_tables(struct kv_engine *engine) {
     return KV_OK;
 }
 
+static enum kv_status open_gpu(struct kv_engine *engine, char *why, size_t why_bytes) {
+    const struct kv_engine_options *options = &engine->options;
+    if (options->gpu_arena_bytes < GPU_ARENA_MIN) {
+        snprintf(why, why_bytes, "gpu_arena_bytes: at least %u MiB", GPU_ARENA_MIN >> 20);
+        return KV_INVALID;
+    }
+    const struct kv_gpu_tier_options tier = {
+        .device = options->device,
+        .bytes = options->gpu_arena_bytes,
+        .blocks_max = options->blocks_max,
+        .keep_us = options->gpu_keep_ms * 1000ull,
+    };
+    enum kv_status status = kv_gpu_tier_open(&tier, &engine->gpu);
+    if (status != KV_OK)
+        snprintf(why, why_bytes, "gpu_arena_bytes: the device has not got %llu bytes of memory to give",
+                 (unsigned long long)tier.bytes);
+    engine->tail.gpu = engine->gpu;
+    return status;
+}
+
 static uint32_t cpus_allowed(void) {
     cpu_set_t set;
     return sched_getaffinity(0, sizeof set, &set) == 0 ? (uint32_t)CPU_COUNT(&set) : 1;
@@ -134,6 +155,7 @@ enum kv_status kv_engine_open(const struct kv_engine_options *options, struct kv
              options->staging_count, engine->staging_bytes);
     status = kv_inbox_open(&inbox, &engine->inbox);
     if (status == KV_OK) status = open_tables(engine);
+    if (status == KV_OK && !engine->is_host) status = open_gpu(engine, why, why_bytes);
     if (status == KV_OK) status = open_lanes(engine);
     if (status == KV_OK) status = engine_puts_open(engine);
     if (status == KV_OK) status = engine_recover(engine, why, why_bytes);
@@ -159,6 +181,7 @@ void kv_engine_close(struct kv_engine *engine) {
             kv_device_free(engine->options.device, KV_MEMORY_PINNED, lane->faults,
                            engine->fault_max * sizeof lane->faults[0]);
     }
+    kv_gpu_tier_close(engine->gpu);
     names_close(&engine->names);
     kv_inbox_free(engine->inbox);
     free(engine->sessions);
@@ -185,6 +208,7 @@ static void stats_start(struct kv_engine *engine, struct task *task) {
     stats->tail_bytes = engine->tail.used;
     stats->tail_bytes_max = engine->tail.max;
     stats->store = *kv_store_stats(engine->options.store);
+    if (engine->gpu) stats->gpu = *kv_gpu_stats(engine->gpu);
     task->request->stats = *stats;
     task_finish(engine, task);
 }

@@ -29,6 +29,7 @@
 #include "kernels/device.h"
 #include "kernels/page.h"
 #include "proto/kv_types.h"
+#include "storage/gpu_tier.h"
 #include "storage/store.h"
 
 struct kv_engine;
@@ -250,9 +251,10 @@ struct kv_engine_stats {
     uint64_t sessions_open, sessions_known, sessions_max, layouts;
     uint64_t tail_bytes, tail_bytes_max;
     uint64_t requests, errors, tokens_appended, rows_attended, bytes_in, bytes_out;
-    uint64_t blocks_sealed, blocks_shared, pages_from_host, pages_from_nvme;
+    uint64_t blocks_sealed, blocks_shared, pages_from_gpu, pages_from_host, pages_from_nvme;
     uint64_t recovered_sessions;
     struct kv_store_stats store;
+    struct kv_gpu_stats gpu;      /* zero without a gpu tier */
 };
 
 struct kv_request {
@@ -300,6 +302,9 @@ struct kv_request {
 struct kv_engine_options {
     struct kv_device *device;
     struct kv_store *store;
+    uint64_t gpu_arena_bytes;     /* device memory for copies of blocks; not used where the device's
+                                     memory is the host's */
+    uint32_t gpu_keep_ms;         /* a copy used within so long makes no room for another */
     uint64_t arena_bytes;         /* the store's options, for decisions and for Stats */
     uint64_t disk_bytes;
     uint32_t blocks_max;

@@ -100,8 +100,23 @@ static uint32_t blocks_seen(const struct part *part) {
     return (part->seen + KV_BLOCK_TOKENS - 1) / KV_BLOCK_TOKENS;
 }
 
+/* Adds a sealed block to the wave: the gpu tier has it, or it has to be pinned.  False: that is full. */
+static bool wave_add(struct kv_engine *engine, struct task *task, struct wave *wave,
+                     const struct kv_digest *key) {
+    struct wave_block *block = &wave->blocks[wave->block_count];
+    *block = (struct wave_block){.gpu = gpu_hold(engine, task->lane->stream, key),
+                                 .host = WAVE_NOT_PINNED};
+    if (block->gpu == KV_GPU_NONE) {
+        if (wave->pin.count >= task->attend.wave_blocks) return false;
+        block->host = (uint16_t)wave->pin.count;
+        wave->keys[wave->pin.count++] = *key;
+    }
+    wave->block_count++;
+    return true;
+}
+
 /* Adds a part's blocks from `block` on to the wave; returns where it stopped. */
-static uint32_t wave_take(struct task *task, struct wave *wave, uint32_t part_index,
+static uint32_t wave_take(struct kv_engine *engine, struct task *task, struct wave *wave, uint32_t part_index,
                           uint32_t block, uint32_t *pages) {
     const struct part *part = &task->lane->parts[part_index];
     struct range *range = &wave->ranges[wave->range_count];
@@ -110,10 +125,7 @@ static uint32_t wave_take(struct task *task, struct wave *wave, uint32_t part_in
     struct walk walk = walk_begin(part, block);
     for (; range->to < end && *pages < KV_ATTEND_PAGES_MAX; walk_next(&walk)) {
         struct page_source source = walk_source(&walk);
-        if (source.key) {
-            if (wave->pin.count == task->attend.wave_blocks) break;
-            wave->keys[wave->pin.count++] = *source.key;
-        }
+        if (source.key && !wave_add(engine, task, wave, source.key)) break;
         (*pages)++;
         range->to++;
     }
@@ -123,18 +135,19 @@ static uint32_t wave_take(struct task *task, struct wave *wave, uint32_t part_in
 }
 
 /* Fills the wave from where the last one stopped.  False: nothing is left. */
-static bool wave_build(struct task *task, struct wave *wave) {
+static bool wave_build(struct kv_engine *engine, struct task *task, struct wave *wave) {
     struct lane *lane = task->lane;
     uint32_t pages = 0;
     wave->range_count = 0;
     wave->pin.count = 0;
+    wave->block_count = 0;
     wave->part = task->attend.part;
     wave->block = task->attend.block;
     for (; task->attend.part < lane->part_count; task->attend.part++, task->attend.block = 0) {
         const struct part *part = &lane->parts[task->attend.part];
         if (!part_lives(part) || part->rows == 0) continue;
         task->attend.block =
-            wave_take(task, wave, task->attend.part, task->attend.block, &pages);
+            wave_take(engine, task, wave, task->attend.part, task->attend.block, &pages);
         if (task->attend.block < blocks_seen(part)) break; /* the wave is full */
     }
     return wave->range_count > 0;
@@ -172,13 +185,23 @@ static void wave_pin(struct kv_engine *engine, struct task *task, struct wave *w
 static void wave_release(struct kv_engine *engine, struct wave *wave) {
     bool pinned = wave->state == WAVE_READY || wave->state == WAVE_RUNNING;
     if (pinned && wave->pin.count) kv_store_unpin(engine->options.store, &wave->pin);
+    if (wave->state != WAVE_FREE) wave_gpu_release(engine, wave);
     wave->state = WAVE_FREE;
+}
+
+/* Where the kernel finds a layer's page of the wave's block number `number`. */
+static const void *wave_page(const struct kv_engine *engine, const struct task *task,
+                             const struct wave *wave, uint32_t number, size_t offset) {
+    const struct wave_block *block = &wave->blocks[number];
+    if (block->gpu != KV_GPU_NONE) return kv_gpu_block_address(engine->gpu, block->gpu) + offset;
+    const uint8_t *address = wave->addresses[block->host];
+    return task->attend.layer_pins ? address : address + offset;
 }
 
 /* The item of the kernel's call for one range; its pages go behind those at refs[*ref_count]. */
 static struct kv_attend range_attend(struct kv_engine *engine, struct task *task,
                                      const struct wave *wave, uint32_t range_index,
-                                     uint32_t *pinned, uint32_t *ref_count) {
+                                     uint32_t *sealed, uint32_t *ref_count) {
     const struct range *range = &wave->ranges[range_index];
     struct part *part = &task->lane->parts[range->part];
     const struct layout_entry *layout = part->session->layout;
@@ -190,13 +213,9 @@ static struct kv_attend range_attend(struct kv_engine *engine, struct task *task
     for (uint32_t i = 0; i < range->to - range->from; i++, walk_next(&walk)) {
         struct page_source source = walk_source(&walk);
         const void *page = source.memory;
-        if (source.key) {
-            const uint8_t *address = wave->addresses[(*pinned)++];
-            page = task->attend.layer_pins
-                       ? address
-                       : page_device_address(address, part->layer,
-                                             session_page_bytes(layout, walk.index));
-        }
+        if (source.key)
+            page = wave_page(engine, task, wave, (*sealed)++,
+                             (size_t)part->layer * session_page_bytes(layout, walk.index));
         refs[i] = (struct kv_page_ref){
             .page = page, .tokens = (uint16_t)source.tokens, .raw = source.raw};
         tokens += source.tokens;
@@ -229,12 +248,15 @@ static struct kv_attend range_attend(struct kv_engine *engine, struct task *task
 
 static void wave_enqueue(struct kv_engine *engine, struct task *task, struct wave *wave) {
     struct lane *lane = task->lane;
-    uint32_t pinned = 0, refs = 0;
+    uint32_t sealed = 0, refs = 0;
+    uint32_t held = wave->block_count - wave->pin.count; /* in the gpu tier already */
+    if (task->attend.admits && !task->attend.layer_pins) wave_admit(engine, lane, wave);
     for (uint32_t i = 0; i < wave->range_count; i++)
-        engine->attends[i] = range_attend(engine, task, wave, i, &pinned, &refs);
+        engine->attends[i] = range_attend(engine, task, wave, i, &sealed, &refs);
     kv_kernel_attend(lane->stream, &layout_of(task)->shape, wave->range_count, engine->attends);
     engine->stats.pages_from_nvme += wave->pin.from_disk;
-    engine->stats.pages_from_host += refs - wave->pin.from_disk;
+    engine->stats.pages_from_gpu += held;
+    engine->stats.pages_from_host += refs - wave->pin.from_disk - held;
 
     /* The last wave's end is announced by whoever waits for the task's end. */
     if (task->attend.part < lane->part_count)
@@ -245,7 +267,7 @@ static void wave_enqueue(struct kv_engine *engine, struct task *task, struct wav
 
 /* The part and block that a failed pin is about. */
 static struct part *wave_culprit(struct task *task, const struct wave *wave, uint32_t *block) {
-    uint32_t pinned = 0;
+    uint32_t sealed = 0;
     for (uint32_t i = 0; i < wave->range_count; i++) {
         const struct range *range = &wave->ranges[i];
         struct part *part = &task->lane->parts[range->part];
@@ -253,7 +275,7 @@ static struct part *wave_culprit(struct task *task, const struct wave *wave, uin
         for (; walk.index < range->to; walk_next(&walk)) {
             if (!walk_source(&walk).key) continue;
             *block = walk.index;
-            if (pinned++ == wave->pin.failed) return part;
+            if (wave->blocks[sealed++].host == wave->pin.failed) return part;
         }
     }
     KV_CHECK(!"a pin failed at a block it did not have");
@@ -281,8 +303,10 @@ static bool wave_retry(struct kv_engine *engine, struct task *task, struct wave 
     task->attend.block = wave->block;
     if (wave->status != KV_BUSY) {
         culprit_fail(task, wave);
+        wave_gpu_release(engine, wave);
         return true;
     }
+    wave_gpu_release(engine, wave);
     if (wave->pin.count > 1) {
         task->attend.wave_blocks = wave->pin.count / 2;
         return true;
@@ -320,7 +344,7 @@ static void attend_waves(struct kv_engine *engine, struct task *task) {
         }
         switch (wave->state) {
         case WAVE_FREE:
-            if (!wave_build(task, wave)) {
+            if (!wave_build(engine, task, wave)) {
                 task_wait_ticket(engine, task, attend_finish);
                 return;
             }
@@ -347,7 +371,14 @@ static void attend_waves(struct kv_engine *engine, struct task *task) {
     }
 }
 
-/* How much is pinned at once: a quarter of the arena per wave, because others need some too. */
+/* Contexts that take more than half of the gpu tier are not brought there: their blocks would push each
+ * other out.  What is there is used, the rest is read across the bus. */
+static bool gpu_fits(const struct kv_engine *engine, uint64_t bytes) {
+    return engine->gpu && bytes <= engine->options.gpu_arena_bytes / 2;
+}
+
+/* How much is pinned at once: a quarter of the arena per wave, because others need some too.  Blocks on
+ * their way to the gpu tier pass through the arena whole, however many there are. */
 static void waves_begin(struct kv_engine *engine, struct task *task) {
     const struct layout_entry *layout = layout_of(task);
     uint64_t block_bytes = (uint64_t)layout->packed_bytes * layout->info.layout.layers;
@@ -355,7 +386,9 @@ static void waves_begin(struct kv_engine *engine, struct task *task) {
     for (uint32_t i = 0; i < task->lane->part_count; i++)
         if (part_lives(&task->lane->parts[i]) && task->lane->parts[i].rows)
             blocks += task->lane->parts[i].session->block_count;
-    task->attend.layer_pins = blocks * block_bytes > engine->options.arena_bytes / 2;
+    task->attend.admits = gpu_fits(engine, blocks * block_bytes);
+    task->attend.layer_pins =
+        !task->attend.admits && blocks * block_bytes > engine->options.arena_bytes / 2;
     uint64_t unit = task->attend.layer_pins ? layout->packed_bytes : block_bytes;
     uint64_t fit = engine->options.arena_bytes / 4 / unit;
     task->attend.wave_blocks = fit < 1 ? 1 : fit > KV_PIN_MAX ? KV_PIN_MAX : (uint32_t)fit;

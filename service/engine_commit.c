@@ -2,7 +2,7 @@
 /* engine_commit.c - a session into its snapshot.
  *
  *   begin   how long is what can be kept, into how many chunks does its tail go
- *   chunk   reserve, copy a slice at a time, commit; next chunk
+ *   chunk   reserve, copy a slice at a time (on the lane's stream what the device has), commit; next
  *   sync    the layout's record, the chunks, the sealed blocks: all as durable as asked
  *   write   the snapshot, which refers to all of them; sync
  *   done    the chunks of the snapshot before it are dropped
@@ -31,7 +31,7 @@ static const uint8_t *exact_page(const struct session *session, const struct liv
     if (page->raw) return page->raw;
     bool sink = page->state == PAGE_SEALED && live->state == LIVE_FILLING &&
                 session_block_raw(session->layout, live->index);
-    return sink ? live->slot.address + (size_t)layer * session->layout->raw_bytes : NULL;
+    return sink ? live_packed(live) + (size_t)layer * session->layout->raw_bytes : NULL;
 }
 
 static uint32_t length_to_keep(const struct session *session) {
@@ -86,34 +86,56 @@ static uint32_t chunk_layer_count(const struct task *task) {
     return left < task->commit.chunk_layers ? left : task->commit.chunk_layers;
 }
 
-static void copy_layer(const struct task *task, uint32_t layer, uint8_t *out) {
+/* The page that is next, and how many of its tokens are the tail's. */
+static uint32_t copy_tokens(const struct task *task) {
+    uint32_t left = tail_tokens(task) - task->commit.page * KV_BLOCK_TOKENS;
+    return left < KV_BLOCK_TOKENS ? left : KV_BLOCK_TOKENS;
+}
+
+/* Copies one page's rows into the chunk; true if the device is doing it. */
+static bool copy_page(struct kv_engine *engine, struct task *task) {
     const struct session *session = task->commit.session;
-    uint32_t left = tail_tokens(task);
-    for (const struct live_block *live = session->live_first; left; live = live->next) {
-        uint32_t tokens = left < KV_BLOCK_TOKENS ? left : KV_BLOCK_TOKENS;
-        out += snapshot_rows_save(&session->layout->shape, exact_page(session, live, layer),
-                                  tokens, out);
-        left -= tokens;
-    }
+    const struct kv_shape *shape = &session->layout->shape;
+    uint32_t layer = task->commit.chunk * task->commit.chunk_layers + task->commit.layer;
+    const struct live_block *live =
+        session_live(session, task->commit.block_count + task->commit.page);
+    uint8_t *out = task->commit.slot.address +
+                   task->commit.layer * snapshot_layer_bytes(shape, tail_tokens(task)) +
+                   snapshot_layer_bytes(shape, task->commit.page * KV_BLOCK_TOKENS);
+    return rows_save(engine, task->lane->stream, shape, exact_page(session, live, layer),
+                     copy_tokens(task), out);
+}
+
+static void copy_advance(struct task *task) {
+    task->commit.page++;
+    if (task->commit.page * KV_BLOCK_TOKENS < tail_tokens(task)) return;
+    task->commit.page = 0;
+    task->commit.layer++;
 }
 
 static void commit_copy(struct kv_engine *engine, struct task *task) {
-    const struct session *session = task->commit.session;
-    uint64_t layer_bytes = snapshot_layer_bytes(&session->layout->shape, tail_tokens(task));
-    uint32_t layers = chunk_layer_count(task), first = task->commit.chunk * task->commit.chunk_layers;
+    const struct kv_shape *shape = &task->commit.session->layout->shape;
+    uint32_t layers = chunk_layer_count(task), queued = 0;
     uint64_t copied = 0;
-    for (; task->commit.layer < layers && copied < SLICE_BYTES; task->commit.layer++) {
-        copy_layer(task, first + task->commit.layer,
-                   task->commit.slot.address + task->commit.layer * layer_bytes);
-        copied += layer_bytes;
-    }
-    if (task->commit.layer < layers) {
-        task_again(task, commit_copy);
+    enum kv_status device = kv_device_status(engine->options.device);
+    if (device != KV_OK) {
+        kv_store_abandon(engine->options.store, &task->commit.slot);
+        commit_fail(engine, task, device);
         return;
     }
-    kv_store_commit(engine->options.store, &task->commit.slot, false);
-    task->commit.chunk++;
-    task_again(task, commit_chunk);
+    if (task->commit.layer == layers) {
+        kv_store_commit(engine->options.store, &task->commit.slot, false);
+        task->commit.chunk++;
+        task_again(task, commit_chunk);
+        return;
+    }
+    while (task->commit.layer < layers && copied < SLICE_BYTES && queued < SLICE_COPIES) {
+        copied += snapshot_layer_bytes(shape, copy_tokens(task));
+        queued += copy_page(engine, task);
+        copy_advance(task);
+    }
+    if (queued) task_wait_ticket(engine, task, commit_copy);
+    else task_again(task, commit_copy);
 }
 
 static void commit_chunk(struct kv_engine *engine, struct task *task) {
@@ -131,7 +153,7 @@ static void commit_chunk(struct kv_engine *engine, struct task *task) {
     struct kv_digest key =
         kv_digest_tail(session->nonce, task->commit.generation, task->commit.chunk);
     if (!commit_reserve(engine, task, &key, &extent, commit_chunk)) return;
-    task->commit.layer = 0;
+    task->commit.layer = task->commit.page = 0;
     commit_copy(engine, task);
 }
 

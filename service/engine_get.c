@@ -7,7 +7,9 @@
  * called layer by layer over many blocks, so of a cold block only this layer's part is read: whole
  * blocks would push each other out of the arena before their next layer's turn.
  *
- * The raw page in between lies in the request's own staging buffer, which is empty otherwise.
+ * Where the gpu tier has a copy of the block, that is what is read; it is neither looked for on disk nor
+ * brought there.  The raw page in between lies in the gpu tier, or where there is none in the request's
+ * own staging buffer, which is empty otherwise.
  */
 #include "service/engine_private.h"
 
@@ -17,6 +19,8 @@ static void page_finish(struct kv_engine *engine, struct task *task) {
     struct kv_request *request = task->request;
     enum kv_status device = kv_device_status(engine->options.device);
     if (task->page.pinned) kv_store_unpin(engine->options.store, &task->lane->waves[0].pin);
+    if (task->page.gpu_held) gpu_release(engine, task->page.gpu_held - 1);
+    gpu_scratch_free(engine, task->page.scratch);
     if (request && task->stopped != KV_OK)
         request_fail(request, task->stopped, "", "stopped before it was done");
     else if (request && device != KV_OK)
@@ -40,9 +44,11 @@ static void page_emit(struct kv_engine *engine, struct task *task, const void *p
     request->reply_bytes = 2 * half;
     KV_CHECK(request->reply_offset + request->reply_bytes <= request->staging_bytes);
     if (!raw) {
-        const struct kv_dequantize item = {.packed = page, .raw = request->staging};
+        task->page.scratch = gpu_scratch(engine, layout->raw_bytes);
+        void *unpacked = task->page.scratch ? task->page.scratch : request->staging;
+        const struct kv_dequantize item = {.packed = page, .raw = unpacked};
         kv_kernel_dequantize(stream, &layout->shape, 1, &item);
-        page = request->staging;
+        page = unpacked;
     }
     uint8_t *reply = request->staging + request->reply_offset;
     const struct kv_emit item = {
@@ -55,6 +61,17 @@ static void page_emit(struct kv_engine *engine, struct task *task, const void *p
     };
     kv_kernel_emit(stream, &layout->shape, 1, &item);
     task_wait_ticket(engine, task, page_finish);
+}
+
+/* A layer's page of the block, if the gpu tier has it. */
+static const uint8_t *page_on_gpu(struct kv_engine *engine, struct task *task,
+                                  const struct kv_digest *key, uint32_t layer,
+                                  uint32_t page_bytes) {
+    uint32_t block = gpu_hold(engine, task->lane->stream, key);
+    if (block == KV_GPU_NONE) return NULL;
+    task->page.gpu_held = 1 + block;
+    engine->stats.pages_from_gpu++;
+    return kv_gpu_block_address(engine->gpu, block) + (size_t)layer * page_bytes;
 }
 
 /* The pin has answered: true if the page is there. */
@@ -102,13 +119,17 @@ static void fetch_page(struct kv_engine *engine, struct task *task) {
         block < session->block_count ? NULL : session_live(session, block);
     struct page_source source =
         session_source(session, fetch->layer, block, live, session->length[fetch->layer]);
-    if (source.key) {
+    const void *page = source.memory;
+    if (source.key)
+        page = page_on_gpu(engine, task, source.key, fetch->layer,
+                           session_page_bytes(session->layout, block));
+    else engine->stats.pages_from_host++;
+    if (!page) {
         pin_one(engine, task, source.key, session->layout->tag, (int32_t)fetch->layer);
         task_wait_store(task, fetch_read);
         return;
     }
-    engine->stats.pages_from_host++;
-    page_emit(engine, task, source.memory, source.raw, session->layout,
+    page_emit(engine, task, page, source.raw, session->layout,
               (uint32_t)(fetch->begin % KV_BLOCK_TOKENS), fetch->tokens);
 }
 
@@ -165,16 +186,10 @@ static bool form_of(const struct layout_entry *layout, const struct kv_block_ext
            (*raw || extent->part_bytes == layout->packed_bytes);
 }
 
-static void get_read(struct kv_engine *engine, struct task *task) {
-    if (!page_pinned(engine, task, get_begin, "digests")) return;
+static void get_reply(struct kv_engine *engine, struct task *task, const uint8_t *page, bool raw) {
     struct kv_request *request = task->request;
     struct kv_get *get = &request->get;
     const struct layout_entry *layout = engine_layout(engine, &get->fingerprint);
-    const uint8_t *page = task->lane->waves[0].addresses[0];
-    struct kv_block_info info;
-    bool raw = false;
-    KV_CHECK(kv_store_find(engine->options.store, &get->digest, &info)); /* it is pinned */
-    form_of(layout, &info.extent, &raw);
     if (get->form == KV_FORM_FULL || raw) {
         get->form = KV_FORM_FULL;
         page_emit(engine, task, page, raw, layout, 0, KV_BLOCK_TOKENS);
@@ -184,6 +199,16 @@ static void get_read(struct kv_engine *engine, struct task *task) {
     request->reply_bytes = layout->packed_bytes;
     kv_stream_copy(task->lane->stream, request->staging, page, layout->packed_bytes);
     task_wait_ticket(engine, task, page_finish);
+}
+
+static void get_read(struct kv_engine *engine, struct task *task) {
+    if (!page_pinned(engine, task, get_begin, "digests")) return;
+    const struct kv_get *get = &task->request->get;
+    struct kv_block_info info;
+    bool raw = false;
+    KV_CHECK(kv_store_find(engine->options.store, &get->digest, &info)); /* it is pinned */
+    form_of(engine_layout(engine, &get->fingerprint), &info.extent, &raw);
+    get_reply(engine, task, task->lane->waves[0].addresses[0], raw);
 }
 
 static void get_begin(struct kv_engine *engine, struct task *task) {
@@ -201,6 +226,12 @@ static void get_begin(struct kv_engine *engine, struct task *task) {
     } else if (!form_of(layout, &info.extent, &raw)) {
         page_fail(engine, task, KV_MISMATCH, "digests", "the block is of another layout");
     } else {
+        const uint8_t *page =
+            page_on_gpu(engine, task, &get->digest, get->layer, info.extent.part_bytes);
+        if (page) {
+            get_reply(engine, task, page, raw);
+            return;
+        }
         pin_one(engine, task, &get->digest, layout->tag, (int32_t)get->layer);
         task_wait_store(task, get_read);
     }

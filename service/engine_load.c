@@ -106,44 +106,64 @@ static void load_tail_lost(struct kv_engine *engine, struct task *task) {
     load_end(engine, task, KV_OK);
 }
 
-static void load_copy(struct kv_engine *engine, struct task *task) {
-    struct session *session = task->open.session;
-    struct wave *wave = &task->lane->waves[0];
+static uint32_t chunk_layer_count(const struct task *task) {
+    uint32_t layers = task->open.session->layout->info.layout.layers;
+    uint32_t left = layers - task->open.chunk * task->open.chunk_layers;
+    return left < task->open.chunk_layers ? left : task->open.chunk_layers;
+}
+
+static uint32_t copy_tokens(const struct task *task) {
+    uint32_t left = tail_tokens(task) - task->open.page * KV_BLOCK_TOKENS;
+    return left < KV_BLOCK_TOKENS ? left : KV_BLOCK_TOKENS;
+}
+
+/* One page's rows out of the chunk; true if the device is doing it. */
+static bool copy_page(struct kv_engine *engine, struct task *task) {
+    const struct session *session = task->open.session;
     const struct kv_shape *shape = &session->layout->shape;
-    uint32_t layers = session->layout->info.layout.layers;
-    uint32_t first = task->open.chunk * task->open.chunk_layers;
-    uint32_t count = layers - first < task->open.chunk_layers ? layers - first
-                                                              : task->open.chunk_layers;
-    uint64_t layer_bytes = snapshot_layer_bytes(shape, tail_tokens(task)), copied = 0;
-    for (; task->open.layer < count && copied < SLICE_BYTES; task->open.layer++) {
-        const uint8_t *from = wave->addresses[0] + task->open.layer * layer_bytes;
-        uint32_t left = tail_tokens(task);
-        for (struct live_block *live = session->live_first; left; live = live->next) {
-            uint32_t tokens = left < KV_BLOCK_TOKENS ? left : KV_BLOCK_TOKENS;
-            from += snapshot_rows_load(shape, live->pages[first + task->open.layer].raw, tokens,
-                                       from);
-            left -= tokens;
-        }
-        copied += layer_bytes;
-    }
-    if (task->open.layer < count) {
-        task_again(task, load_copy);
+    uint32_t layer = task->open.chunk * task->open.chunk_layers + task->open.layer;
+    struct live_block *live = session_live(session, session->block_count + task->open.page);
+    const uint8_t *from = task->lane->waves[0].addresses[0] +
+                          task->open.layer * snapshot_layer_bytes(shape, tail_tokens(task)) +
+                          snapshot_layer_bytes(shape, task->open.page * KV_BLOCK_TOKENS);
+    return rows_load(engine, task->lane->stream, shape, live->pages[layer].raw, copy_tokens(task),
+                     from);
+}
+
+static void copy_advance(struct task *task) {
+    task->open.page++;
+    if (task->open.page * KV_BLOCK_TOKENS < tail_tokens(task)) return;
+    task->open.page = 0;
+    task->open.layer++;
+}
+
+static void load_copy(struct kv_engine *engine, struct task *task) {
+    const struct kv_shape *shape = &task->open.session->layout->shape;
+    uint32_t layers = chunk_layer_count(task), queued = 0;
+    uint64_t copied = 0;
+    enum kv_status device = kv_device_status(engine->options.device);
+    if (task->open.layer == layers || device != KV_OK) {
+        kv_store_unpin(engine->options.store, &task->lane->waves[0].pin);
+        task->open.chunk++;
+        if (device == KV_OK) task_again(task, load_chunk);
+        else load_end(engine, task, device);
         return;
     }
-    kv_store_unpin(engine->options.store, &wave->pin);
-    task->open.chunk++;
-    task_again(task, load_chunk);
+    while (task->open.layer < layers && copied < SLICE_BYTES && queued < SLICE_COPIES) {
+        copied += snapshot_layer_bytes(shape, copy_tokens(task));
+        queued += copy_page(engine, task);
+        copy_advance(task);
+    }
+    if (queued) task_wait_ticket(engine, task, load_copy);
+    else task_again(task, load_copy);
 }
 
 static bool chunk_fits(struct kv_engine *engine, struct task *task) {
     struct wave *wave = &task->lane->waves[0];
     const struct session *session = task->open.session;
-    uint32_t layers = session->layout->info.layout.layers;
-    uint32_t left = layers - task->open.chunk * task->open.chunk_layers;
     struct kv_block_info info;
     return kv_store_find(engine->options.store, &wave->keys[0], &info) &&
-           info.extent.part_count ==
-               (left < task->open.chunk_layers ? left : task->open.chunk_layers) &&
+           info.extent.part_count == chunk_layer_count(task) &&
            info.extent.part_bytes ==
                snapshot_layer_bytes(&session->layout->shape, tail_tokens(task));
 }
@@ -162,7 +182,7 @@ static void load_chunk_read(struct kv_engine *engine, struct task *task) {
     } else if (wave->status != KV_OK) {
         load_end(engine, task, wave->status);
     } else {
-        task->open.layer = 0;
+        task->open.layer = task->open.page = 0;
         load_copy(engine, task);
     }
 }

@@ -13,6 +13,7 @@
  *   engine_attend.c   ATTEND: append, then waves of pages through the kernel
  *   engine_get.c      FETCH, GET: one page back
  *   engine_put.c      PUT, PUT_END: one page in
+ *   engine_gpu.c      which copies of blocks a device with memory of its own has
  *   engine_lookup.c   LOOKUP, and the prefix that OPEN starts with
  *
  * A request becomes a *task*: a step function and what it waits for.  Tasks that touch a session
@@ -47,6 +48,7 @@ enum {
     SLOTS_EXTRA = 8,       /* sessions bound while they are deleted or described */
     SLICE_BLOCKS = 256,    /* digests, finds per step: about 100 us */
     SLICE_BYTES = 1 << 20, /* copied by the engine thread per step: about 100 us */
+    SLICE_COPIES = 64,     /* queued on a lane's stream per step */
     RETRY_US = 1000,
     MEMORY_WAIT_US = 1000000, /* how long room is waited for before the answer is BUSY */
     RETRY_MS = 100,        /* advice that goes with BUSY */
@@ -87,6 +89,13 @@ struct range {
     uint32_t part, from, to;
 };
 
+/* A sealed block of a wave: its copy in the gpu tier, its number in the pin, or both. */
+struct wave_block {
+    uint32_t gpu;  /* KV_GPU_NONE: it has none */
+    uint16_t host; /* WAVE_NOT_PINNED: the copy is all that is needed */
+};
+#define WAVE_NOT_PINNED UINT16_MAX
+
 /* Pages that are held and attended together. */
 struct wave {
     enum { WAVE_FREE, WAVE_PINNING, WAVE_READY, WAVE_RUNNING, WAVE_FAILED } state;
@@ -95,6 +104,8 @@ struct wave {
     struct kv_digest keys[KV_PIN_MAX];
     uint8_t *addresses[KV_PIN_MAX];
     uint32_t entries[KV_PIN_MAX];
+    struct wave_block blocks[KV_ATTEND_PAGES_MAX]; /* in the order of their pages */
+    uint32_t block_count;
     uint32_t part, block; /* where it began */
     struct range ranges[KV_ATTEND_ITEMS_MAX];
     uint32_t range_count;
@@ -167,14 +178,18 @@ struct task {
             uint32_t wave;        /* which of the two that is */
             uint32_t wave_blocks; /* limit, halved when it did not fit */
             bool layer_pins;      /* pin parts, not blocks */
+            bool admits;          /* what is not in the gpu tier is copied there */
         } attend;
         struct {
             struct put_block *block;
             uint64_t stream;
+            uint8_t *scratch; /* the page before it is packed, in the gpu tier; NULL: in staging */
         } put;
         struct {
             struct session *session;
             bool pinned;
+            uint32_t gpu_held; /* 0, or 1 + the copy in the gpu tier that is read */
+            void *scratch;     /* in the gpu tier; NULL: in staging */
         } page;
         struct {
             uint32_t block, count;
@@ -188,7 +203,7 @@ struct task {
             uint64_t generation;
             uint32_t length, block_count, chunk_count, chunk_layers, chunk;
             struct kv_slot slot;
-            uint32_t layer;     /* within the chunk, being copied */
+            uint32_t layer, page; /* within the chunk and the layer's tail, to be copied next */
             uint32_t sync_next; /* chunks, then blocks */
             uint32_t syncs_used;
             bool snapshot_done;
@@ -199,7 +214,7 @@ struct task {
             bool created;
             uint32_t block;     /* whose key is looked for */
             /* loading */
-            uint32_t chunk, layer; /* where the copy goes on; layer within the chunk */
+            uint32_t chunk, layer, page; /* where the copy goes on; within the chunk, the layer's tail */
             uint32_t chunk_count, chunk_layers;
             uint64_t length, generation;
             uint8_t nonce[16];
@@ -234,6 +249,7 @@ struct kv_engine {
     struct session *sessions; /* [sessions_open_max + SLOTS_EXTRA] */
     uint32_t session_count, sessions_open;
     struct tail_memory tail;
+    struct kv_gpu_tier *gpu; /* NULL: device memory is host memory */
 
     struct put_block *puts; /* [put_max] */
     uint32_t put_max;
@@ -349,12 +365,28 @@ void engine_puts_close(struct kv_engine *engine);
 void get_start(struct kv_engine *engine, struct task *task);
 void fetch_start(struct kv_engine *engine, struct task *task);
 
-/* Where a device would find a page of a pinned block.  Arena memory is device memory on a CPU;
- * a device with memory of its own will have its copy here. */
-static inline const void *page_device_address(const uint8_t *block, uint32_t layer,
-                                              uint32_t page_bytes) {
-    return block + (size_t)layer * page_bytes;
-}
+/* ---- engine_gpu.c: copies in the gpu tier -------------------------------------------------- */
+
+/* The copy of a block, pinned, if work on `stream` may read it now; or KV_GPU_NONE. */
+uint32_t gpu_hold(struct kv_engine *engine, const struct kv_stream *stream,
+                  const struct kv_digest *key);
+void gpu_release(struct kv_engine *engine, uint32_t block); /* KV_GPU_NONE: nothing */
+/* A block that was just committed was filled in the tier, at `memory` (NULL: it was not). */
+void gpu_adopt(struct kv_engine *engine, const struct kv_digest *key, uint8_t *memory);
+/* Device memory for one operation; NULL: use pinned memory. */
+void *gpu_scratch(struct kv_engine *engine, uint64_t bytes);
+void gpu_scratch_free(struct kv_engine *engine, void *memory);
+
+/* Queues copies of blocks that the wave has pinned and the tier has room for. */
+void wave_admit(struct kv_engine *engine, struct lane *lane, struct wave *wave);
+/* Unpins the wave's copies. */
+void wave_gpu_release(struct kv_engine *engine, struct wave *wave);
+
+/* A raw page's first rows to and from a snapshot.  True: that was queued on the stream. */
+bool rows_save(struct kv_engine *engine, struct kv_stream *stream, const struct kv_shape *shape,
+               const uint8_t *page, uint32_t tokens, uint8_t *out);
+bool rows_load(struct kv_engine *engine, struct kv_stream *stream, const struct kv_shape *shape,
+               uint8_t *page, uint32_t tokens, const uint8_t *from);
 
 /* ---- engine_stage.c: tokens in, blocks out -------------------------------------------------- */
 

@@ -28,6 +28,7 @@ struct put_block {
     bool raw;
     enum kv_durability durability;
     struct kv_slot slot;
+    uint8_t *device;    /* its bytes in the gpu tier until it is committed; NULL: none */
     uint32_t on_lanes;  /* pages being worked on */
     uint32_t page_count; /* that are done, or came although the block was there */
     uint8_t pages[KV_LAYERS_MAX / 8]; /* bit: it came */
@@ -45,6 +46,8 @@ static void put_free(struct kv_engine *engine, struct put_block *block) {
     KV_CHECK(block->on_lanes == 0);
     if (block->state == PUT_FILLING || block->state == PUT_FAILED)
         kv_store_abandon(engine->options.store, &block->slot);
+    gpu_scratch_free(engine, block->device);
+    block->device = NULL;
     block->state = PUT_FREE;
 }
 
@@ -156,6 +159,8 @@ static void put_taken(struct kv_engine *engine, struct task *task) {
     struct kv_request *request = task->request;
     enum kv_status device = kv_device_status(engine->options.device);
     block->on_lanes--;
+    gpu_scratch_free(engine, task->put.scratch);
+    task->put.scratch = NULL;
     uint32_t fault = task->lane->faults[0];
     if (task->stopped != KV_OK || device != KV_OK || fault || !request) {
         if (request && fault) {
@@ -185,7 +190,9 @@ static void put_taken(struct kv_engine *engine, struct task *task) {
     uint64_t bytes = block_bytes(block);
     enum kv_durability durability = block->durability;
     kv_store_commit(engine->options.store, &block->slot, false);
+    gpu_adopt(engine, &block->digest, block->device);
     engine->stats.blocks_sealed++;
+    block->device = NULL;
     block->state = PUT_FREE;
     put_there(engine, task, durability, bytes, false);
 }
@@ -198,9 +205,31 @@ static size_t scratch_of(const struct kv_request *request, const struct layout_e
     return (end + 63) / 64 * 64;
 }
 
+static size_t page_offset(const struct task *task) {
+    return (size_t)task->request->put.layer * page_bytes(task->put.block);
+}
+
+/* In the store's memory. */
+static uint8_t *page_slot(const struct task *task) {
+    return task->put.block->slot.address + page_offset(task);
+}
+
+/* Where kernels make the page: in the gpu tier, from where page_out() brings it to the store. */
 static uint8_t *page_target(const struct task *task) {
     const struct put_block *block = task->put.block;
-    return block->slot.address + (size_t)task->request->put.layer * page_bytes(block);
+    return block->device ? block->device + page_offset(task) : page_slot(task);
+}
+
+static void page_out(const struct task *task) {
+    const struct put_block *block = task->put.block;
+    if (block->device)
+        kv_stream_copy(task->lane->stream, page_slot(task), page_target(task), page_bytes(block));
+}
+
+/* Where a page lies as rows before it is packed. */
+static uint8_t *page_scratch(const struct task *task) {
+    if (task->put.scratch) return task->put.scratch;
+    return task->request->staging + scratch_of(task->request, task->put.block->layout);
 }
 
 /* The rows are a raw page now, and free of NaN: pack it. */
@@ -213,12 +242,13 @@ static void put_quantize(struct kv_engine *engine, struct task *task) {
     const struct kv_put *put = &request->put;
     const struct layout_entry *layout = task->put.block->layout;
     const struct kv_quantize quantize = {
-        .raw = request->staging + scratch_of(request, layout),
+        .raw = page_scratch(task),
         .energy =
             put->has_energy ? (const float *)(request->staging + put->energy_offset) : NULL,
         .packed = page_target(task),
     };
     kv_kernel_quantize(task->lane->stream, &layout->shape, 1, &quantize);
+    page_out(task);
     task_wait_ticket(engine, task, put_taken);
 }
 
@@ -235,20 +265,23 @@ static void put_page(struct kv_engine *engine, struct task *task) {
     task->lane->faults[0] = 0;
     if (request->put.form == KV_FORM_PACKED) {
         kv_stream_copy(stream, page_target(task), request->staging, layout->packed_bytes);
+        page_out(task);
         task_wait_ticket(engine, task, put_taken);
         return;
     }
     size_t scratch = scratch_of(request, layout);
     KV_CHECK(scratch + layout->raw_bytes <= request->staging_bytes);
+    if (!raw) task->put.scratch = gpu_scratch(engine, layout->raw_bytes);
     const struct kv_ingest ingest = {
         .keys = request->staging,
         .values = request->staging + KV_BLOCK_TOKENS * layout->row_bytes,
         .dtype = layout->info.layout.dtype,
         .tokens = KV_BLOCK_TOKENS,
-        .page = raw ? page_target(task) : request->staging + scratch,
+        .page = raw ? page_target(task) : page_scratch(task),
         .fault = &task->lane->faults[0],
     };
     kv_kernel_ingest(stream, &layout->shape, 1, &ingest);
+    if (raw) page_out(task);
     task_wait_ticket(engine, task, raw ? put_taken : put_quantize);
 }
 
@@ -308,6 +341,7 @@ static bool block_begin(struct kv_engine *engine, struct task *task,
         return false;
     }
     fresh.state = PUT_FILLING;
+    fresh.device = gpu_scratch(engine, (uint64_t)extent.part_count * extent.part_bytes);
     *block = fresh;
     task->put.block = block;
     return true;

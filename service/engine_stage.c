@@ -168,6 +168,7 @@ static bool live_resolve(struct kv_engine *engine, struct session *session,
     }
     if (status != KV_OK) return false;
     live->state = LIVE_FILLING;
+    live->device = gpu_scratch(engine, (uint64_t)extent.part_count * extent.part_bytes);
     return true;
 }
 
@@ -218,7 +219,7 @@ static void packing_add(struct packing *packing, const struct live_block *live, 
     struct kv_quantize item = {
         .raw = live->pages[layer].raw,
         .energy = energy,
-        .packed = live->slot.address + (size_t)layer * page_bytes,
+        .packed = live_packed(live) + (size_t)layer * page_bytes,
     };
     if (session_block_raw(packing->layout, live->index))
         engine->quantizes_raw[packing->raw++] = item;
@@ -238,11 +239,15 @@ static const float *energy_of(const struct part *part, uint32_t layer) {
 
 static void seal_layer(struct packing *packing, struct part *part, uint32_t layer) {
     struct session *session = part->session;
-    enum { CALLS_MAX = 64 }; /* of KV_STREAM_DEPTH; what is left over is due next time too */
+    /* Of KV_STREAM_DEPTH, as are the copies of blocks that become complete; what is left over is due
+     * next time too. */
+    enum { CALLS_MAX = 64, COPIES_MAX = 64 };
+    uint32_t pages = 0;
     for (struct live_block *live = session->live_first; live; live = live->next) {
         struct live_page *page = &live->pages[layer];
         if (page->state == PAGE_NONE || packing->calls >= CALLS_MAX) return;
         if (page->state == PAGE_SEALED) continue;
+        if (packing->engine->gpu && pages++ == COPIES_MAX) return;
         if (!session_page_due(session, live, staged_length(part, layer))) return;
         if (live->state == LIVE_RAW && !live_resolve(packing->engine, session, live)) return;
         page->state = PAGE_SEALING;
@@ -251,10 +256,26 @@ static void seal_layer(struct packing *packing, struct part *part, uint32_t laye
     }
 }
 
+/* Blocks that are complete once this part is published: from the gpu tier to the store's memory. */
+static void copy_complete(struct kv_engine *engine, struct lane *lane, const struct part *part) {
+    const struct session *session = part->session;
+    uint32_t layers = session->layout->info.layout.layers;
+    if (!engine->gpu) return;
+    for (const struct live_block *live = session->live_first; live; live = live->next) {
+        uint32_t sealing = 0;
+        for (uint32_t l = 0; l < layers; l++) sealing += live->pages[l].state == PAGE_SEALING;
+        if (live->state != LIVE_FILLING || !live->device || sealing == 0) continue;
+        if (live->sealed_count + sealing < layers) continue;
+        kv_stream_copy(lane->stream, live->slot.address, live->device,
+                       (size_t)layers * session_page_bytes(session->layout, live->index));
+    }
+}
+
 void stage_seal(struct kv_engine *engine, struct lane *lane, struct part *part) {
     struct packing packing = {.engine = engine, .lane = lane, .layout = part->session->layout};
     for (uint32_t i = 0; i < part->layer_count; i++) seal_layer(&packing, part, part->layer + i);
     packing_flush(&packing, 1);
+    copy_complete(engine, lane, part);
 }
 
 /* ---- Now it has happened -------------------------------------------------------------------------- */
@@ -268,12 +289,15 @@ static void live_commit(struct kv_engine *engine, struct session *session,
     } else if (!kv_digest_equal(&live->key, &live->digest) &&
                block_find(engine, session->layout, live->index, &live->digest, &info)) {
         kv_store_abandon(engine->options.store, &live->slot);
+        gpu_scratch_free(engine, live->device);
         live->key = live->digest;
         engine->stats.blocks_shared++;
     } else {
         kv_store_commit(engine->options.store, &live->slot, false);
+        gpu_adopt(engine, &live->key, live->device);
         engine->stats.blocks_sealed++;
     }
+    live->device = NULL;
 }
 
 static void publish_energy(struct part *part, uint32_t layer) {

@@ -58,6 +58,14 @@ static void page_free(struct session *session, struct tail_memory *memory,
     page->raw = NULL;
 }
 
+/* What is reserved for a block that is FILLING. */
+static void fill_abandon(struct live_block *live, struct tail_memory *memory) {
+    if (live->state != LIVE_FILLING) return;
+    kv_store_abandon(memory->store, &live->slot);
+    if (live->device) kv_gpu_free(memory->gpu, live->device);
+    live->device = NULL;
+}
+
 void session_clear(struct session *session, struct tail_memory *memory) {
     KV_CHECK(session->open);
     while (session->live_first) {
@@ -65,7 +73,7 @@ void session_clear(struct session *session, struct tail_memory *memory) {
         session->live_first = live->next;
         for (uint32_t l = 0; l < layers_of(session); l++)
             page_free(session, memory, &live->pages[l]);
-        if (live->state == LIVE_FILLING) kv_store_abandon(memory->store, &live->slot);
+        fill_abandon(live, memory);
         tail_free(memory, live, live_bytes(session));
     }
     session->live_last = NULL;
@@ -127,7 +135,7 @@ enum kv_status session_page_alloc(struct session *session, struct tail_memory *m
                                   struct live_page *page) {
     KV_CHECK(page->state == PAGE_NONE);
     void *address = NULL;
-    enum kv_status status = tail_alloc(memory, session->layout->raw_bytes, &address);
+    enum kv_status status = tail_alloc_page(memory, session->layout->raw_bytes, &address);
     if (status != KV_OK) return status;
     page->raw = address;
     page->state = PAGE_RAW;
@@ -244,7 +252,7 @@ void session_publish_ids(struct session *session) {
 /* A block that no layer has packed gives its reservation back. */
 static void live_undo(struct live_block *live, struct tail_memory *memory) {
     if (live->sealed_count > 0) return;
-    if (live->state == LIVE_FILLING) kv_store_abandon(memory->store, &live->slot);
+    fill_abandon(live, memory);
     live->state = LIVE_RAW;
 }
 
@@ -325,8 +333,8 @@ struct page_source session_source(const struct session *session, uint32_t layer,
         source.key = &live->key;
     } else {
         KV_CHECK(live->state == LIVE_FILLING);
-        source.memory =
-            live->slot.address + (size_t)layer * session_page_bytes(session->layout, index);
+        source.memory = live_packed(live) +
+                        (size_t)layer * session_page_bytes(session->layout, index);
     }
     return source;
 }

@@ -68,9 +68,15 @@ struct live_block {
     struct kv_digest digest;      /* once its tokens are known: see session_names_block() */
     struct kv_digest key;         /* FILLING, SHARED */
     struct kv_slot slot;          /* FILLING */
+    uint8_t *device;              /* FILLING: its bytes in the gpu tier until it is committed; NULL: none */
     uint32_t ids[KV_BLOCK_TOKENS];
     struct live_page pages[];     /* [layers] */
 };
+
+/* Where kernels pack the pages of a block that is FILLING, and find them. */
+static inline uint8_t *live_packed(const struct live_block *live) {
+    return live->device ? live->device : live->slot.address;
+}
 
 enum ids_mode { IDS_UNDECIDED, IDS_GIVEN, IDS_NONE };
 

@@ -260,8 +260,26 @@ bool kv_store_find(struct kv_store *store, const struct kv_digest *key,
                                 .tier       = entry->state == KV_ENTRY_RESIDENT ? KV_TIER_HOST : KV_TIER_NVME,
                                 .durability = durability_of(store, entry),
                                 .class      = (enum kv_block_class)entry->class,
+                                .sequence   = entry->sequence,
                                 .extent     = entry->extent,
     };
+    return true;
+}
+
+bool kv_store_use_copy(struct kv_store *store, const struct kv_digest *key, uint64_t sequence) {
+    on_thread(store);
+    uint32_t index = kv_table_find(store->table, key, KV_KIND_VISIBLE);
+    if (index == KV_ENTRY_NONE) return false;
+    struct kv_entry *entry = kv_store_entry(store, index);
+    if (entry->sequence != sequence) return false;
+    entry->used = true;
+    /* On disk it is safe whatever its age in memory, which is wanted for blocks that have no copy.
+     * Without a disk the block and its copies live as long as it is in memory. */
+    if (!store->has_disk && entry->state == KV_ENTRY_RESIDENT && entry->age.list != NULL) {
+        kv_ages_remove(store->table, &store->ages, index);
+        kv_ages_use(entry, store->now_us);
+        kv_ages_add(store->table, &store->ages, index);
+    }
     return true;
 }
 

@@ -165,10 +165,15 @@ struct kv_block_info {
     enum kv_tier tier; /* the fastest */
     enum kv_durability durability;
     enum kv_block_class class;
+    uint64_t sequence; /* of this record: a key that is dropped and stored again has another */
     struct kv_block_extent extent;
 };
 /* True if the block is there (RESIDENT or COLD).  Never touches the disk. */
 bool kv_store_find(struct kv_store *store, const struct kv_digest *key, struct kv_block_info *out);
+
+/* For a copy of a record that somebody keeps elsewhere (gpu_tier.h): true while the store still has that
+ * very record, and the block counts as used, so that its place on disk is kept. */
+bool kv_store_use_copy(struct kv_store *store, const struct kv_digest *key, uint64_t sequence);
 
 /* Protects a block from being dropped until the monotonic clock passes `until_us`; never
  * shortens an earlier protection.  At most half of the disk (or arena, without one) can be

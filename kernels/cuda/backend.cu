@@ -227,6 +227,13 @@ static void copy(struct kv_stream *base, void *target, const void *source, size_
         cuda_ok(stream->device, cudaMemcpyAsync(target, source, bytes, cudaMemcpyDefault, stream->queue));
 }
 
+static void copy_rows(struct kv_stream *base, struct kv_rows target, struct kv_rows_const source,
+                      size_t bytes, uint32_t rows) {
+    struct cuda_stream *stream = stream_of(base);
+    cuda_ok(stream->device, cudaMemcpy2DAsync(target.memory, target.pitch, source.memory, source.pitch,
+                                              bytes, rows, cudaMemcpyDefault, stream->queue));
+}
+
 struct cuda_upload cuda_upload_reserve(struct cuda_stream *stream, size_t bytes) {
     KV_CHECK(bytes <= UPLOAD_SEGMENT_BYTES);
     if (stream->upload_used + bytes > UPLOAD_SEGMENT_BYTES) {
@@ -320,6 +327,7 @@ const struct kv_backend kv_cuda_backend = {
     .stream_open = stream_open,
     .stream_close = stream_close,
     .copy = copy,
+    .copy_rows = copy_rows,
     .mark = mark,
     .reached = reached,
     .notify = notify,

@@ -11,14 +11,17 @@
 
 #include "kernels/device.h"
 #include "proto/kv_check.h"
+#include "tests/kernels/shadow.h"
 
 /* ---- Opening and closing --------------------------------------------------------------------- */
 
 static enum kv_status open_all(struct lab *lab) {
     const struct lab_options *o = &lab->options;
-    const struct kv_device_options device = {.name = o->device ? o->device : "auto",
-                                             .workers = 2};
-    enum kv_status status = kv_device_open(&device, &lab->device);
+    const char *name = o->device && !lab->shadow ? o->device : "auto";
+    const struct shadow_options shadow = {.inner = {.name = name, .workers = 2},
+                                          .device_bytes = o->device_bytes};
+    enum kv_status status = lab->shadow ? shadow_open(&shadow, &lab->device)
+                                        : kv_device_open(&shadow.inner, &lab->device);
     if (status != KV_OK) return status;
     const struct kv_store_options store = {
         .device = lab->device,
@@ -34,6 +37,8 @@ static enum kv_status open_all(struct lab *lab) {
     const struct kv_engine_options engine = {
         .device = lab->device,
         .store = lab->store,
+        .gpu_arena_bytes = o->gpu_arena_bytes,
+        .gpu_keep_ms = o->gpu_keep_ms,
         .arena_bytes = o->arena_bytes,
         .disk_bytes = o->disk_bytes,
         .blocks_max = store.blocks_max,
@@ -71,6 +76,9 @@ void lab_open(struct lab *lab, const struct lab_options *options) {
     memset(lab, 0, sizeof *lab);
     if (options) lab->options = *options;
     DEFAULT(arena_bytes, 64 << 20);
+    const char *shadow = getenv("KV_LAB_SHADOW"), *mib = getenv("KV_LAB_GPU_MIB");
+    lab->shadow = lab->options.device ? strcmp(lab->options.device, "shadow") == 0 : shadow != NULL;
+    DEFAULT(gpu_arena_bytes, (mib ? strtoull(mib, NULL, 10) : 16) << 20);
     DEFAULT(disk_bytes, 256 << 20);
     DEFAULT(tail_bytes_max, lab->options.arena_bytes / 2);
     DEFAULT(message_bytes, 1 << 20);

@@ -14,7 +14,11 @@
 
 struct lab_options {
     const char *path;          /* NULL: no disk */
-    const char *device;        /* NULL: auto */
+    const char *device;        /* NULL: auto.  "shadow": tests/kernels/shadow.h over that, and so is
+                                  every lab's NULL where the environment says KV_LAB_SHADOW=1 */
+    size_t device_bytes;       /* the shadow's memory; 0: enough */
+    uint64_t gpu_arena_bytes;  /* 0: KV_LAB_GPU_MIB of the environment, or 16 MiB */
+    uint32_t gpu_keep_ms;
     uint64_t arena_bytes;      /* 0: 64 MiB */
     uint64_t disk_bytes;       /* 0: 256 MiB */
     uint64_t tail_bytes_max;   /* 0: half of the arena */
@@ -30,6 +34,7 @@ struct lab_options {
 
 struct lab {
     struct lab_options options;
+    bool shadow;
     struct kv_device *device;
     struct kv_store *store;
     struct kv_engine *engine;

@@ -515,7 +515,7 @@ static void a_session_may_be_larger_than_the_arena(void **state) {
     for (int small = 0; small < 2; small++) {
         struct lab lab;
         struct lab_options options = {.arena_bytes = 64 << 20};
-        if (small) options = (struct lab_options){.path = path, .arena_bytes = 4 << 20};
+        if (small) options = (struct lab_options){.path = path, .arena_bytes = 4 << 20, .gpu_arena_bytes = 2 << 20};
         options.tail_bytes_max = 3 << 20;
         lab_open(&lab, &options);
         struct kv_digest fingerprint = lab_register(&lab, &layout);
