@@ -10,7 +10,7 @@
  *   engine_recover.c  what a directory held when the engine opened
  *   engine_stage.c    new tokens into a tail, and full blocks out of it
  *   engine_append.c   APPEND
- *   engine_attend.c   ATTEND: append, then waves of pages through the kernel
+ *   engine_attend*.c  ATTEND: append, then waves of pages through the kernel
  *   engine_get.c      FETCH, GET: one page back
  *   engine_put.c      PUT, PUT_END: one page in
  *   engine_gpu.c      which copies of blocks a device with memory of its own has
