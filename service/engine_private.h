@@ -4,9 +4,11 @@
  *   engine.c          open, close, the loop, the stats
  *   engine_task.c     tasks, turns, lanes: who runs when
  *   engine_layouts.c  REGISTER, LAYOUTS
- *   engine_session.c  OPEN, CLOSE, DELETE, DESCRIBE, LIST
+ *   engine_session.c  sessions by name and by handle; OPEN
+ *   engine_close.c    COMMIT, CLOSE, DELETE
+ *   engine_list.c     DESCRIBE, LIST
  *   engine_load.c     a snapshot back into a session
- *   engine_commit.c   a session into its snapshot: COMMIT
+ *   engine_commit.c   a session into its snapshot
  *   engine_recover.c  what a directory held when the engine opened
  *   engine_stage.c    new tokens into a tail, and full blocks out of it
  *   engine_append.c   APPEND
@@ -297,6 +299,12 @@ bool task_wait_memory(struct kv_engine *engine, struct task *task, step_fn *step
 /* Answers if that has not happened, gives back lane and turns, forgets the task. */
 void task_finish(struct kv_engine *engine, struct task *task);
 
+/* The same, with a status, the field at fault and a sentence as the answer. */
+void task_fail(struct kv_engine *engine, struct task *task, enum kv_status status,
+               const char *field, const char *message);
+/* True and the task ended: it was stopped while it waited. */
+bool task_was_stopped(struct kv_engine *engine, struct task *task);
+
 /* A task of the engine's own; NULL: none is free. */
 struct task *task_create(struct kv_engine *engine, struct kv_request *request);
 bool engine_step_tasks(struct kv_engine *engine); /* true: something moved */
@@ -322,6 +330,10 @@ struct layout_entry *engine_layout(struct kv_engine *engine, const struct kv_dig
 struct session *session_bind(struct kv_engine *engine, struct known *known, bool to_open);
 /* What is open in the slot is gone; snapshots are untouched. */
 void session_unload(struct kv_engine *engine, struct session *session);
+
+/* DELETE, DESCRIBE: takes the turn of the session that the request names, then `begin` runs with
+ * task->open.session.  False: there is none, and the task ended. */
+bool session_named(struct kv_engine *engine, struct task *task, step_fn *begin);
 
 void open_start(struct kv_engine *engine, struct task *task);
 void close_start(struct kv_engine *engine, struct task *task); /* COMMIT, CLOSE */

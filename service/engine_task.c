@@ -276,6 +276,18 @@ void task_finish(struct kv_engine *engine, struct task *task) {
     list_append(&engine->free_tasks, task);
 }
 
+void task_fail(struct kv_engine *engine, struct task *task, enum kv_status status,
+               const char *field, const char *message) {
+    if (task->request) request_fail(task->request, status, field, "%s", message);
+    task_finish(engine, task);
+}
+
+bool task_was_stopped(struct kv_engine *engine, struct task *task) {
+    if (task->stopped == KV_OK) return false;
+    task_fail(engine, task, task->stopped, "", "stopped before it was done");
+    return true;
+}
+
 /* A task that has not begun is simply dropped; one that waits for the store is answered now and
  * ends later; one whose kernels run is told to hurry. */
 static void task_stop(struct kv_engine *engine, struct task *task, enum kv_status why) {
