@@ -27,6 +27,7 @@ struct kv_backend {
                             void **out);
     void (*free)(struct kv_device *device, enum kv_memory kind, void *memory, size_t bytes);
     enum kv_status (*status)(const struct kv_device *device);
+    const char *(*failure)(const struct kv_device *device);
 
     enum kv_status (*stream_open)(struct kv_device *device, struct kv_stream **out);
     void (*stream_close)(struct kv_stream *stream);
@@ -59,7 +60,9 @@ struct kv_stream {
 };
 
 extern const struct kv_backend kv_cpu_backend;
-extern const struct kv_backend kv_cuda_backend; /* only where KV_HAVE_CUDA is defined */
+/* Only where KV_HAVE_CUDA is defined.  kv_cuda_missing() is kv_device_missing() for "cuda" and "cuda:N". */
+extern const struct kv_backend kv_cuda_backend;
+const char *kv_cuda_missing(const char *name);
 
 #ifdef __cplusplus
 }

@@ -438,6 +438,10 @@ static enum kv_status status(const struct kv_device *device) {
     return KV_OK;
 }
 
+static const char *failure(const struct kv_device *device) {
+    return "";
+}
+
 const struct kv_backend kv_cpu_backend = {
     .is_host = true,
     .open = kv_cpu_open,
@@ -445,6 +449,7 @@ const struct kv_backend kv_cpu_backend = {
     .alloc = memory_alloc,
     .free = memory_free,
     .status = status,
+    .failure = failure,
     .stream_open = kv_cpu_stream_open,
     .stream_close = kv_cpu_stream_close,
     .copy = copy,

@@ -26,6 +26,15 @@ enum kv_status kv_device_open(const struct kv_device_options *options, struct kv
 #endif
 }
 
+const char *kv_device_missing(const char *name) {
+    if (!names_cuda(name)) return "this machine's CPU does not have it";
+#ifdef KV_HAVE_CUDA
+    return kv_cuda_missing(name);
+#else
+    return "this kivid was built without CUDA: there was no nvcc ($CUDA_HOME/bin/nvcc)";
+#endif
+}
+
 void kv_device_close(struct kv_device *device) {
     if (device != NULL) device->backend->close(device);
 }
@@ -51,6 +60,10 @@ void kv_device_free(struct kv_device *device, enum kv_memory kind, void *memory,
 
 enum kv_status kv_device_status(const struct kv_device *device) {
     return device->backend->status(device);
+}
+
+const char *kv_device_failure(const struct kv_device *device) {
+    return device->backend->failure(device);
 }
 
 enum kv_status kv_stream_open(struct kv_device *device, struct kv_stream **out) {

@@ -45,6 +45,9 @@ struct kv_device_options {
 enum kv_status kv_device_open(const struct kv_device_options *options, struct kv_device **out);
 void kv_device_close(struct kv_device *device);
 
+/* Why kv_device_open() said KV_NOT_FOUND to that name, for people; static. */
+const char *kv_device_missing(const char *name);
+
 /* [any thread] The backend in use: "scalar", "avx2", "avx512", "cuda". */
 const char *kv_device_name(const struct kv_device *device);
 
@@ -87,6 +90,9 @@ void kv_stream_notify(struct kv_stream *stream, int eventfd);
 
 /* [any thread] KV_OK, or KV_UNAVAILABLE after a device failure. */
 enum kv_status kv_device_status(const struct kv_device *device);
+
+/* [any thread] What that failure was, in the words of whoever found it; static. */
+const char *kv_device_failure(const struct kv_device *device);
 
 #ifdef __cplusplus
 }

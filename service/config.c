@@ -52,6 +52,9 @@ static const struct key keys[] = {
 
     {"Where the bytes are", "arena_bytes", KIND_BYTES, AT(arena_bytes), "1GiB", 4 * MIB, 64 * TIB,
      NULL, "Host memory for blocks and tails, a multiple of 2MiB. All of it is taken at start."},
+    {NULL, "gpu_arena_bytes", KIND_BYTES, AT(gpu_arena_bytes), "4GiB", 2 * MIB, 4 * TIB, NULL,
+     "GPU memory for copies of hot blocks and for tails, with backend cuda; not used otherwise. All of "
+     "it is taken at start; attention needs some beside it, so leave 1GiB of the card free."},
     {NULL, "disk_path", KIND_TEXT, AT(disk_path), "/var/lib/kivid", 0, 0, NULL,
      "Directory of the segment log, on a local file system. Empty: nothing is ever on disk, and "
      "nothing survives a restart."},

@@ -39,6 +39,7 @@ struct kv_config {
     bool tcp_insecure;
     /* Where the bytes are. */
     uint64_t arena_bytes;
+    uint64_t gpu_arena_bytes;            /* of the device's own memory */
     char disk_path[KV_CONFIG_TEXT_MAX];  /* "": nothing is ever on disk */
     uint64_t disk_bytes, segment_bytes;
     uint32_t blocks_max;

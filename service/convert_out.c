@@ -359,7 +359,8 @@ void kv_encode_stats(const struct kv_request *request, kv_room *room, void *cont
     const struct kv_engine_stats *from = &request->stats;
     const struct kv_store_stats *store = &from->store;
     Kivi__V1__StatsResponse message = KIVI__V1__STATS_RESPONSE__INIT;
-    Kivi__V1__StatsResponse__Tier host = KIVI__V1__STATS_RESPONSE__TIER__INIT, nvme = host;
+    Kivi__V1__StatsResponse__Tier host = KIVI__V1__STATS_RESPONSE__TIER__INIT, nvme = host,
+                                  gpu = host;
     host.blocks = store->blocks_resident;
     host.bytes = store->arena_bytes_used;
     host.bytes_max = from->arena_bytes_max;
@@ -373,6 +374,15 @@ void kv_encode_stats(const struct kv_request *request, kv_room *room, void *cont
     message.ready = from->ready;
     message.host = &host;
     message.nvme = &nvme;
+    gpu.blocks = from->gpu.blocks;
+    gpu.bytes = from->gpu.bytes_used;
+    gpu.bytes_max = from->gpu.bytes_max;
+    if (from->gpu.bytes_max) message.gpu = &gpu;
+    message.pages_from_gpu = from->pages_from_gpu;
+    message.gpu_copies = from->gpu.copies;
+    message.gpu_bytes_copied = from->gpu.bytes_copied;
+    message.gpu_evictions = from->gpu.evictions;
+    message.gpu_refusals = from->gpu.refusals;
     message.blocks = store->blocks;
     message.blocks_max = from->blocks_max;
     message.sessions_open = from->sessions_open;

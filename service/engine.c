@@ -9,6 +9,7 @@
  * microseconds, which is what a sleep and a wake-up through the kernel cost as well.
  */
 #include "service/engine_private.h"
+#include "service/log.h"
 
 #include <sched.h>
 #include <stdio.h>
@@ -262,7 +263,11 @@ static void housekeeping(struct kv_engine *engine) {
     if (engine->now_us < engine->housekeeping_us) return;
     engine->housekeeping_us = engine->now_us + HOUSEKEEPING_US;
     engine_expire_tasks(engine);
-    if (kv_device_status(engine->options.device) != KV_OK) atomic_store(&engine->ready, false);
+    if (kv_device_status(engine->options.device) != KV_OK && atomic_exchange(&engine->ready, false))
+        kv_log(KV_LOG_ERROR,
+               "engine: the compute device has failed (%s): not ready any more, until kivid is "
+               "restarted; what is on disk is safe, exact tokens since the last commit are lost",
+               kv_device_failure(engine->options.device));
     if (engine->options.session_idle_ms && !engine->draining)
         close_idle(engine, engine->options.session_idle_ms * 1000ull);
 }

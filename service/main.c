@@ -23,6 +23,9 @@
 #include "service/version.h"
 #include "storage/store.h"
 
+/* A decode step goes through all layers in less; until then what it uses stays on the GPU. */
+enum { GPU_KEEP_MS = 50 };
+
 enum { EXIT_DONE = 0, EXIT_CUT_OFF = 1, EXIT_CONFIG = 2, EXIT_START = 3 };
 
 struct daemon {
@@ -61,7 +64,7 @@ static enum kv_status open_device(struct daemon *daemon, char *why) {
     if (status != KV_OK)
         snprintf(why, KV_CONFIG_WHY_MAX, "backend %s: %s", options.name,
                  status == KV_INVALID     ? "there is no such backend"
-                 : status == KV_NOT_FOUND ? "this machine does not have it"
+                 : status == KV_NOT_FOUND ? kv_device_missing(options.name)
                                           : "not enough memory or threads");
     return status;
 }
@@ -95,6 +98,8 @@ static enum kv_status open_engine(struct daemon *daemon, char *why) {
     struct kv_engine_options options = {
         .device             = daemon->device,
         .store              = daemon->store,
+        .gpu_arena_bytes    = config->gpu_arena_bytes,
+        .gpu_keep_ms        = GPU_KEEP_MS,
         .arena_bytes        = config->arena_bytes,
         .disk_bytes         = config->disk_path[0] ? config->disk_bytes : 0,
         .blocks_max         = config->blocks_max,

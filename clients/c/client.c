@@ -104,6 +104,7 @@ int kivi_client_stats(struct kivi_client *client, struct kivi_stats *stats, uint
     stats->ready = answer->ready;
     stats->host = tier_stats(answer->host);
     stats->nvme = tier_stats(answer->nvme);
+    stats->gpu = tier_stats(answer->gpu);
     stats->recovery_clean = answer->recovery_clean;
 #define COPY(name) stats->name = answer->name
     COPY(uptime_ms);
@@ -125,6 +126,11 @@ int kivi_client_stats(struct kivi_client *client, struct kivi_stats *stats, uint
     COPY(blocks_shared);
     COPY(pages_from_host);
     COPY(pages_from_nvme);
+    COPY(pages_from_gpu);
+    COPY(gpu_copies);
+    COPY(gpu_bytes_copied);
+    COPY(gpu_evictions);
+    COPY(gpu_refusals);
     COPY(evictions);
     COPY(drops);
     COPY(spills);

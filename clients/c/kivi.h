@@ -175,7 +175,9 @@ struct kivi_stats {
     uint64_t bytes_written, bytes_read, segments_lost;
     uint64_t recovered_blocks, recovered_sessions, recovery_us, recovery_bytes;
     bool recovery_clean;
-    uint64_t reserved[16];
+    struct kivi_tier_stats gpu; /* bytes_max 0: it has no GPU */
+    uint64_t pages_from_gpu, gpu_copies, gpu_bytes_copied, gpu_evictions, gpu_refusals;
+    uint64_t reserved[8];
 };
 int kivi_client_stats(struct kivi_client *client, struct kivi_stats *stats, uint32_t timeout_ms,
                       struct kivi_error *error);

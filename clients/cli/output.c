@@ -130,6 +130,7 @@ json_t *json_stats(const struct kivi_stats *stats) {
                               "recovery_clean", stats->recovery_clean);
     json_object_set_new(value, "host", json_tier(&stats->host));
     json_object_set_new(value, "nvme", json_tier(&stats->nvme));
+    if (stats->gpu.bytes_max) json_object_set_new(value, "gpu", json_tier(&stats->gpu));
 #define SET(name) json_object_set_new(value, #name, json_integer((json_int_t)stats->name))
     SET(uptime_ms);
     SET(blocks);
@@ -150,6 +151,11 @@ json_t *json_stats(const struct kivi_stats *stats) {
     SET(blocks_shared);
     SET(pages_from_host);
     SET(pages_from_nvme);
+    SET(pages_from_gpu);
+    SET(gpu_copies);
+    SET(gpu_bytes_copied);
+    SET(gpu_evictions);
+    SET(gpu_refusals);
     SET(evictions);
     SET(drops);
     SET(spills);

@@ -31,6 +31,8 @@ struct cuda_memory {
 
 bool cuda_ok(struct cuda_device *device, cudaError_t error) {
     if (error == cudaSuccess) return true;
+    int none = cudaSuccess; /* the first is the cause, what follows its consequence */
+    device->failure.compare_exchange_strong(none, error, std::memory_order_relaxed);
     device->failed.store(true, std::memory_order_relaxed);
     return false;
 }
@@ -94,6 +96,11 @@ static void device_close(struct kv_device *base) {
 static enum kv_status device_status(const struct kv_device *base) {
     const struct cuda_device *device = (const struct cuda_device *)base;
     return device->failed.load(std::memory_order_relaxed) ? KV_UNAVAILABLE : KV_OK;
+}
+
+static const char *device_failure(const struct kv_device *base) {
+    const struct cuda_device *device = (const struct cuda_device *)base;
+    return cudaGetErrorString((cudaError_t)device->failure.load(std::memory_order_relaxed));
 }
 
 /* ---- memory ------------------------------------------------------------------------- */
@@ -324,6 +331,7 @@ const struct kv_backend kv_cuda_backend = {
     .alloc = memory_alloc,
     .free = memory_free,
     .status = device_status,
+    .failure = device_failure,
     .stream_open = stream_open,
     .stream_close = stream_close,
     .copy = copy,

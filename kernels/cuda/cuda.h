@@ -34,6 +34,7 @@ struct cuda_device {
     uint32_t processors; /* multiprocessors */
     uint32_t shared_max; /* bytes of shared memory a block may have */
     std::atomic<bool> failed;
+    std::atomic<int> failure; /* the first cudaError_t that was not cudaSuccess */
     pthread_mutex_t lock; /* of the list of allocations */
     struct cuda_memory *memory;
 };

@@ -244,6 +244,10 @@ static enum kv_status device_status(const struct kv_device *device) {
     return atomic_load(&shadow_of(device)->failed) ? KV_UNAVAILABLE : KV_OK;
 }
 
+static const char *device_failure(const struct kv_device *device) {
+    return device_status(device) == KV_OK ? "" : "the test broke it";
+}
+
 static void device_close(struct kv_device *device) {
     struct shadow *shadow = shadow_of(device);
     for (uint32_t i = 0; i < AREAS_MAX; i++) KV_CHECK(!shadow->areas[i].seen);
@@ -276,6 +280,7 @@ static const struct kv_backend shadow_backend = {
     .alloc = memory_alloc,
     .free = memory_free,
     .status = device_status,
+    .failure = device_failure,
     .stream_open = stream_open,
     .stream_close = stream_close,
     .copy = copy,

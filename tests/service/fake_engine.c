@@ -58,6 +58,10 @@ enum kv_status kv_device_open(const struct kv_device_options *options, struct kv
     *out = NULL;
     return strcmp(options->name, "none") == 0 ? KV_INVALID : KV_OK;
 }
+
+const char *kv_device_missing(const char *name) {
+    return "there is none";
+}
 void kv_device_close(struct kv_device *device) {
 }
 const char *kv_device_name(const struct kv_device *device) {
