@@ -26,6 +26,14 @@ enum kv_status kv_device_open(const struct kv_device_options *options, struct kv
 #endif
 }
 
+bool kv_device_knows_cuda(void) {
+#ifdef KV_HAVE_CUDA
+    return true;
+#else
+    return false;
+#endif
+}
+
 const char *kv_device_missing(const char *name) {
     if (!names_cuda(name)) return "this machine's CPU does not have it";
 #ifdef KV_HAVE_CUDA

@@ -45,6 +45,9 @@ struct kv_device_options {
 enum kv_status kv_device_open(const struct kv_device_options *options, struct kv_device **out);
 void kv_device_close(struct kv_device *device);
 
+/* Whether "cuda" was built in: there was an nvcc.  That says nothing about this machine. */
+bool kv_device_knows_cuda(void);
+
 /* Why kv_device_open() said KV_NOT_FOUND to that name, for people; static. */
 const char *kv_device_missing(const char *name);
 

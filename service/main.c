@@ -169,7 +169,8 @@ static int daemon_run(struct daemon *daemon) {
         daemon_close(daemon);
         return EXIT_START;
     }
-    kv_log(KV_LOG_INFO, "kivid " KV_VERSION ": ready, backend %s", kv_device_name(daemon->device));
+    kv_log(KV_LOG_INFO, "kivid " KV_VERSION ": ready, backend %s, built with%s CUDA",
+           kv_device_name(daemon->device), kv_device_knows_cuda() ? "" : "out");
     kv_engine_run(daemon->engine);
     pthread_join(daemon->drainer, NULL);
     daemon_close(daemon);
@@ -181,7 +182,7 @@ static int daemon_run(struct daemon *daemon) {
 static bool wish_granted(enum kv_config_wish wish) {
     if (wish == KV_WISH_HELP) kv_config_help(stdout);
     if (wish == KV_WISH_EXAMPLE) kv_config_example(stdout);
-    if (wish == KV_WISH_VERSION) puts("kivid " KV_VERSION);
+    if (wish == KV_WISH_VERSION) printf("kivid %s, built with%s CUDA\n", KV_VERSION, kv_device_knows_cuda() ? "" : "out");
     return wish == KV_WISH_HELP || wish == KV_WISH_EXAMPLE || wish == KV_WISH_VERSION;
 }
 

@@ -80,9 +80,9 @@ static void check_gpu(struct doctor *doctor, struct finding *finding) {
     FILE *file = fopen("/proc/driver/nvidia/version", "r");
     if (file && fgets(text, sizeof text, file)) text[strcspn(text, "\n")] = 0;
     if (file) fclose(file);
-    if (access("/dev/nvidia0", R_OK | W_OK) == 0) say(finding, FINE, text[0] ? text : "/dev/nvidia0", "");
+    if (access("/dev/nvidia0", R_OK | W_OK) == 0) say(finding, FINE, text[0] ? text : "/dev/nvidia0", "--backend cuda uses it, with a kivid that `kivid --version` calls built with CUDA");
     else if (text[0]) say(finding, WORSE, text, "the driver is there, /dev/nvidia0 cannot be opened: pass the GPU to this container or user");
-    else say(finding, NOTE, "none seen", "the CPU will do the arithmetic");
+    else say(finding, NOTE, "none seen", "the CPU will do the arithmetic, whether or not kivid was built with CUDA");
 }
 
 static void check_memlock(struct doctor *doctor, struct finding *finding) {

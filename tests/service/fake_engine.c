@@ -59,6 +59,10 @@ enum kv_status kv_device_open(const struct kv_device_options *options, struct kv
     return strcmp(options->name, "none") == 0 ? KV_INVALID : KV_OK;
 }
 
+bool kv_device_knows_cuda(void) {
+    return false;
+}
+
 const char *kv_device_missing(const char *name) {
     return "there is none";
 }
