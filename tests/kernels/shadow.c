@@ -9,7 +9,7 @@
 #include "kernels/backend.h"
 #include "proto/kv_check.h"
 
-enum { AREAS_MAX = 16, NAP_BYTES = 512 << 10 };
+enum { AREAS_MAX = 16, NAP_BYTES = 512 << 10, NAPS_MAX = 8 };
 
 /* Device memory as its users see it, and where its bytes are. */
 struct area {
@@ -23,8 +23,8 @@ struct shadow {
     struct kv_device *inner;
     struct area areas[AREAS_MAX];
     size_t bytes_left;
-    uint8_t *bed; /* two times NAP_BYTES, copied to pass the time */
     atomic_bool failed;
+    uint32_t naps;
 };
 
 struct shadow_stream {
@@ -32,6 +32,7 @@ struct shadow_stream {
     struct shadow *device;
     struct kv_stream *inner;
     uint64_t last; /* ticket */
+    uint8_t *bed;  /* two times NAP_BYTES, copied to pass the time */
     struct kv_page_ref refs[KV_ATTEND_PAGES_MAX];
 };
 
@@ -96,15 +97,22 @@ static enum kv_status stream_open(struct kv_device *device, struct kv_stream **o
     if (!stream) return KV_BUSY;
     stream->base.backend = &shadow_backend;
     stream->device = shadow_of(device);
+    stream->bed = calloc(2, NAP_BYTES);
+    KV_CHECK(stream->bed != NULL);
     enum kv_status status = kv_stream_open(stream->device->inner, &stream->inner);
-    if (status != KV_OK) free(stream);
-    else *out = &stream->base;
+    if (status == KV_OK) {
+        *out = &stream->base;
+    } else {
+        free(stream->bed);
+        free(stream);
+    }
     return status;
 }
 
 static void stream_close(struct kv_stream *base) {
     struct shadow_stream *stream = stream_of(base);
     kv_stream_close(stream->inner);
+    free(stream->bed);
     free(stream);
 }
 
@@ -126,8 +134,9 @@ static struct kv_stream *begin(struct kv_stream *base) {
     struct shadow_stream *stream = stream_of(base);
     if (atomic_load(&stream->device->failed)) return NULL;
     if (kv_stream_reached(stream->inner, stream->last)) {
-        uint8_t *bed = stream->device->bed;
-        kv_stream_copy(stream->inner, bed, bed + NAP_BYTES, NAP_BYTES);
+        /* Short ones and long ones, so that streams overtake each other. */
+        for (uint32_t naps = ++stream->device->naps % 3 ? 1 : NAPS_MAX; naps; naps--)
+            kv_stream_copy(stream->inner, stream->bed, stream->bed + NAP_BYTES, NAP_BYTES);
         stream->last = kv_stream_mark(stream->inner);
     }
     return stream->inner;
@@ -252,7 +261,6 @@ static void device_close(struct kv_device *device) {
     struct shadow *shadow = shadow_of(device);
     for (uint32_t i = 0; i < AREAS_MAX; i++) KV_CHECK(!shadow->areas[i].seen);
     kv_device_close(shadow->inner);
-    free(shadow->bed);
     free(shadow);
 }
 
@@ -262,11 +270,8 @@ enum kv_status shadow_open(const struct shadow_options *options, struct kv_devic
     shadow->base.backend = &shadow_backend;
     shadow->base.name = "shadow";
     shadow->bytes_left = options->device_bytes ? options->device_bytes : SIZE_MAX;
-    shadow->bed = calloc(2, NAP_BYTES);
-    KV_CHECK(shadow->bed != NULL);
     enum kv_status status = kv_device_open(&options->inner, &shadow->inner);
     if (status != KV_OK) {
-        free(shadow->bed);
         free(shadow);
         return status;
     }

@@ -33,12 +33,14 @@ static void step_rows(uint64_t seed, uint32_t step, uint32_t layer, float *keys,
 
 static enum kv_status append_step(struct lab *lab, uint64_t session, uint64_t seed, uint32_t step) {
     static float keys[STEP * ROW], values[STEP * ROW];
+    uint32_t ids[STEP]; /* equal seeds are equal texts, and share their blocks */
     struct kv_layout layout = layout_of_test();
     enum kv_status status = KV_OK;
+    for (uint32_t i = 0; i < STEP; i++) ids[i] = (uint32_t)seed * 100000 + step * STEP + i;
     for (uint32_t l = 0; l < LAYERS && status == KV_OK; l++) {
         step_rows(seed, step, l, keys, values);
         struct kv_request *request =
-            lab_append(lab, session, &layout, l, step * STEP, STEP, keys, values, NULL);
+            lab_append(lab, session, &layout, l, step * STEP, STEP, keys, values, ids);
         status = request->status;
         lab_done(lab, request);
     }
@@ -54,12 +56,16 @@ static uint64_t session_make(struct lab *lab, const char *name, uint64_t seed, u
     return session;
 }
 
+static void query_row(float query[HEADS_Q * DIM]) {
+    struct lab_random random = {77};
+    lab_rows(&random, query, HEADS_Q * DIM, DIM);
+}
+
 /* One row, all layers. */
 static void answer(struct lab *lab, uint64_t session, float out[LAYERS][ANSWER]) {
     struct kv_layout layout = layout_of_test();
     float query[HEADS_Q * DIM];
-    struct lab_random random = {77};
-    lab_rows(&random, query, HEADS_Q * DIM, DIM);
+    query_row(query);
     for (uint32_t l = 0; l < LAYERS; l++) {
         struct kv_request *request = lab_attend(lab, session, &layout, l, 1, KV_MASK_CAUSAL, query);
         assert_int_equal(request->status, KV_OK);
@@ -285,6 +291,68 @@ static void a_copy_is_of_one_record(void **state) {
     free(other);
 }
 
+/* The same by way of a session: what it refers to is gone from the store, so it is gone. */
+static void a_block_that_is_gone_is_gone(void **state) {
+    struct lab lab;
+    struct kv_layout layout = layout_of_test();
+    float query[HEADS_Q * DIM], out[LAYERS][ANSWER];
+    lab_open(&lab, &(struct lab_options){.device = "shadow", .arena_bytes = 4 << 20,
+                                         .tail_bytes_max = 1 << 20, .gpu_arena_bytes = 64 << 20});
+    struct kv_digest fingerprint = lab_register(&lab, &layout);
+    uint64_t session = session_make(&lab, "gone", 30, 8);
+    answer(&lab, session, out);
+    for (uint8_t name = 1; name < 120; name++)
+        assert_int_equal(put_block(&lab, &fingerprint, name, name), KV_OK);
+    query_row(query);
+    struct kv_request *request = lab_attend(&lab, session, &layout, 0, 1, KV_MASK_CAUSAL, query);
+    assert_int_equal(request->status, KV_OK);
+    assert_int_equal(request->attend.items[0].status, KV_NOT_FOUND);
+    lab_done(&lab, request);
+    lab_close(&lab);
+}
+
+/* Many readers want the same blocks at the same moment, on streams of their own, when they are in host
+ * memory only: one of them copies, and nobody reads a copy that is not there yet. */
+static void readers_at_the_same_time(void **state) {
+    enum { READERS = 8, STEPS = 20, OTHERS = 8 };
+    char name[8];
+    struct lab lab;
+    float plain[LAYERS][ANSWER], query[HEADS_Q * DIM];
+    uint64_t sessions[READERS];
+    struct kv_request *requests[READERS];
+    answer_plain(31, STEPS, plain);
+    query_row(query);
+    lab_open(&lab, &(struct lab_options){.device = "shadow", .gpu_arena_bytes = 8 << 20});
+    for (uint32_t r = 0; r < READERS; r++) {
+        snprintf(name, sizeof name, "r%u", r);
+        sessions[r] = session_make(&lab, name, 31, STEPS);
+    }
+    for (uint32_t o = 0; o < OTHERS; o++) { /* these push the blocks out */
+        snprintf(name, sizeof name, "o%u", o);
+        uint64_t other = session_make(&lab, name, 40 + o, STEPS);
+        assert_int_equal(lab_close_session(&lab, other, false), KV_OK);
+    }
+    for (uint32_t r = 0; r < READERS; r++) {
+        requests[r] = lab_request(&lab, KV_REQUEST_ATTEND);
+        requests[r]->attend.item_count = 1;
+        requests[r]->attend.items[0] = (struct kv_attend_item){
+            .session = sessions[r], .rows = 1, .mask = KV_MASK_CAUSAL, .no_energy = true};
+        lab_encode(KV_DTYPE_F16, query, requests[r]->staging, HEADS_Q * DIM);
+        requests[r]->bytes_in = HEADS_Q * DIM * sizeof(uint16_t);
+        lab_submit(&lab, requests[r]);
+    }
+    for (uint32_t r = 0; r < READERS; r++) {
+        lab_wait(requests[r]);
+        assert_int_equal(requests[r]->status, KV_OK);
+        assert_int_equal(requests[r]->attend.items[0].status, KV_OK);
+        const float *out = (const float *)(requests[r]->staging + requests[r]->reply_offset);
+        assert_true(lab_distance(out, plain[0], ANSWER) < 1e-6);
+        lab_done(&lab, requests[r]);
+    }
+    assert_int_equal(lab_stats(&lab).gpu.copies, STEPS - 1);
+    lab_close(&lab);
+}
+
 /* ---- A device that is full, too small or broken ---------------------------------------------------------- */
 
 static void too_little_device_memory_is_said(void **state) {
@@ -343,6 +411,8 @@ int main(void) {
         cmocka_unit_test(a_large_context_is_read_across_the_bus),
         cmocka_unit_test(a_copy_in_use_is_kept),
         cmocka_unit_test(a_copy_is_of_one_record),
+        cmocka_unit_test(a_block_that_is_gone_is_gone),
+        cmocka_unit_test(readers_at_the_same_time),
         cmocka_unit_test(too_little_device_memory_is_said),
         cmocka_unit_test(a_failed_device_is_told),
     };
