@@ -45,8 +45,10 @@ struct kv_cpu_isa {
                      const uint16_t *keys, const uint16_t *values, const float *energy,
                      uint8_t *record, void *scratch);
 
+    /* keys, values: likewise, but of dtype. */
     void (*dequantize)(const struct kv_shape *shape, const struct kv_page_map *map,
-                       const uint8_t *record, uint16_t *keys, uint16_t *values, void *scratch);
+                       const uint8_t *record, enum kv_dtype dtype, uint16_t *keys,
+                       uint16_t *values, void *scratch);
 
     void (*attend)(const struct kv_cpu_attend *task);
 

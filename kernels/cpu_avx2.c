@@ -8,7 +8,7 @@ void kv_avx2_attend(const struct kv_cpu_attend *);
 void kv_avx2_quantize(const struct kv_shape *, const struct kv_page_map *, const uint16_t *,
                       const uint16_t *, const float *, uint8_t *, void *);
 void kv_avx2_dequantize(const struct kv_shape *, const struct kv_page_map *, const uint8_t *,
-                        uint16_t *, uint16_t *, void *);
+                        enum kv_dtype, uint16_t *, uint16_t *, void *);
 
 /* What BUILD's flags let the compiler use in those files.  The builtins also ask whether the operating
  * system saves the registers. */

@@ -318,8 +318,8 @@ static void dequantize_run(const struct kv_cpu_op *op, uint32_t task,
     uint16_t *keys = (uint16_t *)item->raw + raw_row(shape, head, 0);
     const uint8_t *record =
         (const uint8_t *)item->packed + (size_t)head * call->map.record_bytes;
-    worker->isa->dequantize(shape, &call->map, record, keys, keys + kv_shape_elements(shape),
-                            worker->scratch);
+    worker->isa->dequantize(shape, &call->map, record, item->dtype, keys,
+                            keys + kv_shape_elements(shape), worker->scratch);
 }
 
 static void dequantize(struct kv_stream *stream, const struct kv_shape *shape, uint32_t count,

@@ -60,7 +60,8 @@ static void load_key_terms(const struct kv_page_map *map, const uint8_t *record,
 }
 
 static void dequantize_keys(const struct kv_shape *shape, const struct kv_page_map *map,
-                            const uint8_t *record, uint16_t *keys, struct work *work) {
+                            const uint8_t *record, int to_bf16, uint16_t *keys,
+                            struct work *work) {
     uint32_t D = shape->head_dim, group = T;
     int bf16    = shape->dtype == KV_DTYPE_BF16;
     bool minmax = shape->codec.kind == KV_CODEC_MINMAX;
@@ -91,7 +92,7 @@ static void dequantize_keys(const struct kv_shape *shape, const struct kv_page_m
             v_store_half(
                 keys + t * D + c,
                 v_add(v_mul(v_to_f(v_load_u8(code + c)), v_load(scale + c)), v_load(zero + c)),
-                bf16);
+                to_bf16);
     }
 }
 
@@ -110,7 +111,8 @@ static void load_value_terms(const struct kv_page_map *map, const uint8_t *recor
 }
 
 static void dequantize_values(const struct kv_shape *shape, const struct kv_page_map *map,
-                              const uint8_t *record, uint16_t *values, struct work *work) {
+                              const uint8_t *record, int to_bf16, uint16_t *values,
+                              struct work *work) {
     uint32_t D = shape->head_dim, group = D;
     int bf16    = shape->dtype == KV_DTYPE_BF16;
     bool minmax = shape->codec.kind == KV_CODEC_MINMAX;
@@ -130,7 +132,7 @@ static void dequantize_values(const struct kv_shape *shape, const struct kv_page
             vf y    = v_add(v_mul(code, v_set(work->scale[c / group][t])),
                             v_set(work->zero[c / group][t]));
             if (minmax)
-                v_store_half(values + t * D + c, y, bf16);
+                v_store_half(values + t * D + c, y, to_bf16);
             else
                 v_store(work->row + c, y);
         }
@@ -138,16 +140,17 @@ static void dequantize_values(const struct kv_shape *shape, const struct kv_page
         if (shape->codec.value_rotated) lanes_rotate(work->row, D, norm);
         for (uint32_t c = 0; c < D; c += 16)
             v_store_half(values + t * D + c, v_add(v_load(work->row + c), v_load(work->mean + c)),
-                         bf16);
+                         to_bf16);
     }
 }
 
 void KV_LANES_FN(dequantize)(const struct kv_shape *shape, const struct kv_page_map *map,
-                             const uint8_t *record, uint16_t *keys, uint16_t *values,
-                             void *scratch);
+                             const uint8_t *record, enum kv_dtype dtype, uint16_t *keys,
+                             uint16_t *values, void *scratch);
 void KV_LANES_FN(dequantize)(const struct kv_shape *shape, const struct kv_page_map *map,
-                             const uint8_t *record, uint16_t *keys, uint16_t *values,
-                             void *scratch) {
-    dequantize_keys(shape, map, record, keys, scratch);
-    dequantize_values(shape, map, record, values, scratch);
+                             const uint8_t *record, enum kv_dtype dtype, uint16_t *keys,
+                             uint16_t *values, void *scratch) {
+    int bf16 = dtype == KV_DTYPE_BF16;
+    dequantize_keys(shape, map, record, bf16, keys, scratch);
+    dequantize_values(shape, map, record, bf16, values, scratch);
 }

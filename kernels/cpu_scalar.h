@@ -24,8 +24,8 @@ void kv_scalar_quantize(const struct kv_shape *shape, const struct kv_page_map *
                         const uint16_t *keys, const uint16_t *values, const float *energy,
                         uint8_t *record, void *scratch);
 void kv_scalar_dequantize(const struct kv_shape *shape, const struct kv_page_map *map,
-                          const uint8_t *record, uint16_t *keys, uint16_t *values,
-                          void *scratch);
+                          const uint8_t *record, enum kv_dtype dtype, uint16_t *keys,
+                          uint16_t *values, void *scratch);
 void kv_scalar_attend(const struct kv_cpu_attend *task);
 
 #endif

@@ -117,15 +117,15 @@ static void record_to_floats(const struct kv_shape *shape, const struct kv_page_
 }
 
 void kv_scalar_dequantize(const struct kv_shape *shape, const struct kv_page_map *map,
-                          const uint8_t *record, uint16_t *keys, uint16_t *values,
-                          void *memory) {
+                          const uint8_t *record, enum kv_dtype dtype, uint16_t *keys,
+                          uint16_t *values, void *memory) {
     struct scratch *scratch = memory;
     uint32_t D = shape->head_dim;
     record_to_floats(shape, map, record, scratch);
     for (uint32_t t = 0; t < T; t++)
         for (uint32_t c = 0; c < D; c++) {
-            keys[t * D + c] = kv_element_saturated(scratch->keys[c * T + t], shape->dtype);
-            values[t * D + c] = kv_element_saturated(scratch->values[t * D + c], shape->dtype);
+            keys[t * D + c] = kv_element_saturated(scratch->keys[c * T + t], (uint8_t)dtype);
+            values[t * D + c] = kv_element_saturated(scratch->values[t * D + c], (uint8_t)dtype);
         }
 }
 

@@ -17,7 +17,7 @@ static void check_call(const struct kv_stream *stream, const struct kv_shape *sh
     KV_CHECK(items != NULL);
 }
 
-/* Elements on the wire that this shape's raw pages can take or give. */
+/* Elements on the wire that this shape's raw pages can take. */
 static bool dtype_fits(const struct kv_shape *shape, enum kv_dtype dtype) {
     return dtype == shape->dtype || (dtype == KV_DTYPE_F32 && shape->dtype == KV_DTYPE_F16);
 }
@@ -51,7 +51,7 @@ void kv_kernel_emit(struct kv_stream *stream, const struct kv_shape *shape, uint
                     const struct kv_emit *items) {
     check_call(stream, shape, count, items);
     for (uint32_t i = 0; i < count; i++) {
-        KV_CHECK(dtype_fits(shape, items[i].dtype));
+        KV_CHECK(items[i].dtype == shape->dtype || items[i].dtype == KV_DTYPE_F32);
         KV_CHECK(rows_fit_page(items[i].token, items[i].tokens));
         KV_CHECK(items[i].keys != NULL && items[i].values != NULL);
         KV_CHECK(items[i].page != NULL);
@@ -69,7 +69,11 @@ void kv_kernel_quantize(struct kv_stream *stream, const struct kv_shape *shape, 
 void kv_kernel_dequantize(struct kv_stream *stream, const struct kv_shape *shape, uint32_t count,
                           const struct kv_dequantize *items) {
     check_call(stream, shape, count, items);
-    for (uint32_t i = 0; i < count; i++) KV_CHECK(items[i].packed != NULL && items[i].raw != NULL);
+    bool rounded = shape->codec.kind != KV_CODEC_RAW;
+    for (uint32_t i = 0; i < count; i++) {
+        KV_CHECK(items[i].packed != NULL && items[i].raw != NULL);
+        KV_CHECK(items[i].dtype == shape->dtype || (rounded && items[i].dtype == KV_DTYPE_F16));
+    }
     stream->backend->dequantize(stream, shape, count, items);
 }
 

@@ -68,7 +68,7 @@ struct kv_ingest {
 void kv_kernel_ingest(struct kv_stream *stream, const struct kv_shape *shape, uint32_t count,
                       const struct kv_ingest *items);
 
-/* Raw page -> token-major rows in `dtype` (F32 from F16 pages, else the page's dtype). */
+/* Raw page -> token-major rows in `dtype`: F32, or the page's own. */
 struct kv_emit {
     const void *page;
     uint32_t token;
@@ -91,10 +91,12 @@ struct kv_quantize {
 void kv_kernel_quantize(struct kv_stream *stream, const struct kv_shape *shape, uint32_t count,
                         const struct kv_quantize *items);
 
-/* Packed page -> raw page.  The elements are x^ of page.h in binary32, rounded to dtype. */
+/* Packed page -> raw page.  The elements are x^ of page.h in binary32, rounded to `dtype`: the
+ * shape's, or F16 where the eight bits of a bf16 shape would be too coarse.  RAW is a copy. */
 struct kv_dequantize {
     const void *packed;
     void *raw;
+    enum kv_dtype dtype; /* of `raw`: F16, or the shape's; RAW: the shape's */
 };
 void kv_kernel_dequantize(struct kv_stream *stream, const struct kv_shape *shape, uint32_t count,
                           const struct kv_dequantize *items);

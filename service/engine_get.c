@@ -46,7 +46,11 @@ static void page_emit(struct kv_engine *engine, struct task *task, const void *p
     if (!raw) {
         task->page.scratch = gpu_scratch(engine, layout->raw_bytes);
         void *unpacked = task->page.scratch ? task->page.scratch : request->staging;
-        const struct kv_dequantize item = {.packed = page, .raw = unpacked};
+        const struct kv_dequantize item = {
+            .packed = page,
+            .raw = unpacked,
+            .dtype = (enum kv_dtype)layout->shape.dtype,
+        };
         kv_kernel_dequantize(stream, &layout->shape, 1, &item);
         page = unpacked;
     }

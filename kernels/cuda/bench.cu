@@ -403,7 +403,8 @@ static void bench_codec(const char *codec, uint32_t head_dim, double copy_gbs) {
                 struct kv_dequantize d[64];
                 for (uint32_t j = 0; j < 64; j++) {
                     q[j] = {arena.raw[(i + j) % 256], NULL, arena.packed[i + j]};
-                    d[j] = {arena.packed[i + j], back + (size_t)((i + j) % 256) * (size_t)raw};
+                    d[j] = {arena.packed[i + j], back + (size_t)((i + j) % 256) * (size_t)raw,
+                            (enum kv_dtype)arena.shape.dtype};
                 }
                 if (way == 0)
                     kv_kernel_quantize(stream, &arena.shape, 64, q);

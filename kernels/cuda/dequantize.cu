@@ -31,7 +31,7 @@ template <int D> __global__ void __launch_bounds__(THREADS) dequantize(const __g
     const struct kv_page_map &map = shape.map;
     const struct kv_dequantize item = call.items[blockIdx.y];
     const int head = blockIdx.x, thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
-    const bool values = blockIdx.z, bf16 = shape.bf16;
+    const bool values = blockIdx.z, bf16 = shape.bf16, to_bf16 = item.dtype == KV_DTYPE_BF16;
     const char *record = (const char *)item.packed + (size_t)head * map.record_bytes;
     uint16_t *target = (uint16_t *)item.raw + (size_t)(values * shape.heads + head) * T * D;
 
@@ -79,7 +79,7 @@ template <int D> __global__ void __launch_bounds__(THREADS) dequantize(const __g
                     code = ((const uint8_t *)from)[at] >> shift & ((1u << channel.width) - 1);
                 }
                 const float x = __fadd_rn(__fmul_rn((float)code, channel.scale), channel.zero);
-                target[t * D + c] = element_saturated(x, bf16);
+                target[t * D + c] = element_saturated(x, to_bf16);
             }
         return;
     }
@@ -111,7 +111,7 @@ template <int D> __global__ void __launch_bounds__(THREADS) dequantize(const __g
         for (int e = 0; e < D / 32; e++) {
             const int c = lane + 32 * e;
             if (!call.minmax) y[e] = __fadd_rn(y[e], f32_of_f16(((const uint16_t *)(from + map.value_mean))[c]));
-            target[t * D + c] = element_saturated(y[e], bf16);
+            target[t * D + c] = element_saturated(y[e], to_bf16);
         }
     }
 }

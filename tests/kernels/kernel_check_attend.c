@@ -99,7 +99,7 @@ static void context_draw(struct context *context, struct bench_pair *pair,
         uint8_t *packed = malloc(packed_bytes);
         KV_CHECK(packed != NULL);
         lab_quantize(&pair->truth, shape, raw, NULL, packed);
-        lab_dequantize(&pair->truth, shape, packed, seen);
+        lab_dequantize(&pair->truth, shape, packed, (enum kv_dtype)shape->dtype, seen);
         context_append(context, shape, seen, T);
         ref->page = packed;
         free(raw);

@@ -91,6 +91,7 @@ static void pages_make(struct lab *lab, const struct kv_shape *shape, struct pag
         pages->quantize[i].energy = NULL;
         pages->dequantize[i].packed = pages->quantize[i].packed;
         pages->dequantize[i].raw = lab_device(lab, elements * sizeof *raw);
+        pages->dequantize[i].dtype = (enum kv_dtype)shape->dtype;
     }
     free(raw);
     kv_kernel_quantize(lab->stream, shape, PAGES, pages->quantize);

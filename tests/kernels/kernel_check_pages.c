@@ -81,9 +81,14 @@ static void check_quantize(struct bench_pair *pair, const struct check_case *che
     lab_quantize(&pair->tested, shape, raw, used, packed[1]);
     compare_packed(pair, check, packed[0], packed[1]);
 
-    lab_dequantize(&pair->truth, shape, packed[0], back[0]);
-    lab_dequantize(&pair->tested, shape, packed[0], back[1]);
-    compare_elements(pair, check, "dequantize", back[0], back[1], elements);
+    bool either = shape->dtype == KV_DTYPE_BF16 && shape->codec.kind != KV_CODEC_RAW;
+    for (int finer = 0; finer <= either; finer++) {
+        enum kv_dtype dtype = finer ? KV_DTYPE_F16 : (enum kv_dtype)shape->dtype;
+        lab_dequantize(&pair->truth, shape, packed[0], dtype, back[0]);
+        lab_dequantize(&pair->tested, shape, packed[0], dtype, back[1]);
+        compare_elements(pair, check, finer ? "dequantize to f16" : "dequantize", back[0], back[1],
+                         elements);
+    }
 
     for (int i = 0; i < 2; i++) {
         free(back[i]);
@@ -158,6 +163,27 @@ static void run_emit(struct lab *lab, const struct kv_shape *shape, const uint16
     *lab = before;
 }
 
+/* The rows again, out of the page they went into, as `dtype`. */
+static void check_emit(struct bench_pair *pair, const struct check_case *check,
+                       const uint16_t *page, struct rows rows, enum kv_dtype dtype) {
+    struct rows out[2];
+    rows.bytes = rows.bytes / kv_dtype_bytes(rows.dtype) * kv_dtype_bytes(dtype);
+    rows.dtype = dtype;
+    for (int i = 0; i < 2; i++) {
+        out[i] = rows;
+        out[i].keys = malloc(rows.bytes);
+        out[i].values = malloc(rows.bytes);
+        KV_CHECK(out[i].keys != NULL && out[i].values != NULL);
+        run_emit(i == 0 ? &pair->truth : &pair->tested, &check->shape, page, &out[i]);
+    }
+    compare_elements(pair, check, "emit keys", out[0].keys, out[1].keys, rows.bytes / 2);
+    compare_elements(pair, check, "emit values", out[0].values, out[1].values, rows.bytes / 2);
+    for (int i = 0; i < 2; i++) {
+        free(out[i].keys);
+        free(out[i].values);
+    }
+}
+
 static struct rows rows_draw(struct dice *dice, const struct kv_shape *shape) {
     struct rows rows = {.dtype = (enum kv_dtype)shape->dtype};
     if (shape->dtype == KV_DTYPE_F16 && dice_bits(dice) & 1) rows.dtype = KV_DTYPE_F32;
@@ -194,19 +220,8 @@ static void check_rows(struct bench_pair *pair, const struct check_case *check,
     }
     if (fault[0] == 0) {
         compare_elements(pair, check, "ingest", page[0], page[1], elements);
-        struct rows out[2] = {rows, rows};
-        for (int i = 0; i < 2; i++) {
-            out[i].keys = malloc(rows.bytes);
-            out[i].values = malloc(rows.bytes);
-            KV_CHECK(out[i].keys != NULL && out[i].values != NULL);
-            run_emit(i == 0 ? &pair->truth : &pair->tested, shape, page[0], &out[i]);
-        }
-        compare_elements(pair, check, "emit keys", out[0].keys, out[1].keys, rows.bytes / 2);
-        compare_elements(pair, check, "emit values", out[0].values, out[1].values, rows.bytes / 2);
-        for (int i = 0; i < 2; i++) {
-            free(out[i].keys);
-            free(out[i].values);
-        }
+        check_emit(pair, check, page[0], rows, rows.dtype);
+        if (rows.dtype != KV_DTYPE_F32) check_emit(pair, check, page[0], rows, KV_DTYPE_F32);
     }
     for (int i = 0; i < 2; i++) free(page[i]);
     free(rows.keys);

@@ -109,11 +109,12 @@ void lab_quantize(struct lab *lab, const struct kv_shape *shape, const uint16_t 
 }
 
 void lab_dequantize(struct lab *lab, const struct kv_shape *shape, const uint8_t *packed,
-                    uint16_t *raw) {
+                    enum kv_dtype dtype, uint16_t *raw) {
     struct lab before = *lab;
     struct kv_dequantize item = {
         .packed = lab_put(lab, packed, kv_page_bytes(shape)),
         .raw = lab_device(lab, kv_shape_bytes_raw(shape)),
+        .dtype = dtype,
     };
     kv_kernel_dequantize(lab->stream, shape, 1, &item);
     lab_wait(lab);

@@ -43,7 +43,7 @@ void lab_wait(struct lab *lab);
 void lab_quantize(struct lab *lab, const struct kv_shape *shape, const uint16_t *raw,
                   const float *energy, uint8_t *packed);
 void lab_dequantize(struct lab *lab, const struct kv_shape *shape, const uint8_t *packed,
-                    uint16_t *raw);
+                    enum kv_dtype dtype, uint16_t *raw);
 
 /* One attend item whose pointers are all host memory: pages too.  out and lse are read
  * first when item->merge. */

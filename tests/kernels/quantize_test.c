@@ -224,7 +224,7 @@ static void a_page_does_not_depend_on_how_it_was_asked_for(void **state) {
     for (int i = 0; i < 3; i++) free(pages[i]);
 }
 
-/* Dequantized elements are x^ of the page rounded once. */
+/* Dequantized elements are x^ of the page rounded once, to the shape's elements or to f16. */
 static void dequantize_gives_x_hat_rounded(void **state) {
     size_t count;
     const struct kv_preset *presets = kv_presets(&count);
@@ -235,13 +235,14 @@ static void dequantize_gives_x_hat_rounded(void **state) {
             if (shape.codec.kind == KV_CODEC_RAW) continue;
             struct sample s = sample_make(&shape, PATTERN_BIASED, NULL, 31);
             uint16_t *back = allocate(kv_shape_bytes_raw(&shape));
-            for (int l = 0; l < 2; l++) {
-                lab_dequantize(&lab[l], &shape, s.page, back);
+            for (int l = 0; l < 4; l++) {
+                uint8_t to = l / 2 ? KV_DTYPE_F16 : dtype;
+                lab_dequantize(&lab[l % 2], &shape, s.page, (enum kv_dtype)to, back);
                 size_t half = kv_shape_elements(&shape);
                 for (size_t i = 0; i < 2 * half; i++) {
                     double exact = i < half ? s.hat[0][i] : s.hat[1][i - half];
-                    double off = fabs(decode_element(back[i], dtype) - exact);
-                    double unit = dtype == KV_DTYPE_BF16 ? 0x1p-9 : 0x1p-12;
+                    double off = fabs(decode_element(back[i], to) - exact);
+                    double unit = to == KV_DTYPE_BF16 ? 0x1p-9 : 0x1p-12;
                     /* Half a place of the element, and binary32's share of the sums. */
                     assert_true(off <= fabs(exact) * unit * 2 + 2e-5 * (fabs(exact) + 1));
                 }

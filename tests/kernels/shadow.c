@@ -207,7 +207,8 @@ static void dequantize(struct kv_stream *base, const struct kv_shape *shape, uin
     struct kv_dequantize own[KV_ITEMS_MAX];
     for (uint32_t i = 0; i < count; i++)
         own[i] = (struct kv_dequantize){.packed = real(shadow, items[i].packed),
-                                        .raw = real(shadow, items[i].raw)};
+                                        .raw = real(shadow, items[i].raw),
+                                        .dtype = items[i].dtype};
     if (inner) kv_kernel_dequantize(inner, shape, count, own);
 }
 

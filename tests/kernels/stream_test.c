@@ -242,6 +242,30 @@ static void rows_go_in_and_come_out(void **state) {
     free(page);
 }
 
+/* bf16 comes out as binary32 without a change: what is compared with attention's own view of it. */
+static void bf16_pages_come_out_as_f32(void **state) {
+    struct kv_shape shape = shape_of("kivi2", 2, 64, KV_DTYPE_BF16);
+    enum { TOKENS = 128, COUNT = TOKENS * 2 * 64 };
+    static uint16_t keys[COUNT], values[COUNT];
+    static float back[2][COUNT];
+    uint16_t *page = allocate(kv_shape_bytes_raw(&shape));
+    struct dice dice = {78};
+    for (int i = 0; i < COUNT; i++) {
+        keys[i] = (uint16_t)(0x3000 + dice_below(&dice, 0x1000));
+        values[i] = (uint16_t)(0xb000 + dice_below(&dice, 0x1000));
+    }
+    assert_int_equal(ingest(&shape, KV_DTYPE_BF16, 0, TOKENS, keys, values, page), 0);
+    struct kv_emit item = {.page = page, .tokens = TOKENS, .dtype = KV_DTYPE_F32,
+                           .keys = back[0], .values = back[1]};
+    kv_kernel_emit(lab.stream, &shape, 1, &item);
+    lab_wait(&lab);
+    for (int i = 0; i < COUNT; i++) {
+        assert_true(back[0][i] == kv_f32_of_bf16(keys[i]));
+        assert_true(back[1][i] == kv_f32_of_bf16(values[i]));
+    }
+    free(page);
+}
+
 /* The smallest bad element is named, keys before values, however the work was cut. */
 static void faults_name_the_first_bad_element(void **state) {
     struct kv_shape shape = shape_of("kivi2", 4, 256, KV_DTYPE_F16);
@@ -352,6 +376,7 @@ int main(void) {
         cmocka_unit_test(notify_wakes_after_the_ticket),
         cmocka_unit_test(a_cancelled_attend_ends),
         cmocka_unit_test(rows_go_in_and_come_out),
+        cmocka_unit_test(bf16_pages_come_out_as_f32),
         cmocka_unit_test(faults_name_the_first_bad_element),
         cmocka_unit_test(the_limit_depends_on_the_codec),
         cmocka_unit_test(energy_is_a_running_mean),
