@@ -551,7 +551,10 @@ enum kv_status kv_decode_fetch(struct kv_inbound *in, struct kv_plan *plan,
     plan->session = message->session;
     plan->begin = message->begin;
     plan->end = message->end;
+    plan->dtype = (enum kv_dtype)message->dtype;
     if (plan->end && plan->end < plan->begin)
         return refuse(request, "end", "%llu is before begin", (unsigned long long)plan->end);
+    if ((uint32_t)message->dtype > KIVI__V1__DTYPE__DTYPE_F32)
+        return refuse(request, "dtype", "%d is none", (int)message->dtype);
     return plan_layers(request, message->layers, message->n_layers, plan);
 }

@@ -42,6 +42,7 @@ struct kv_plan {
     struct kv_digest digests[KV_GET_BLOCKS_MAX];
     enum kv_form form;
     uint64_t session, begin, end;              /* Fetch; end 0: all */
+    enum kv_dtype dtype;                       /* Fetch; 0: the layout's */
     uint32_t layer_count;                      /* both; 0: all */
     uint16_t layers[KV_LAYERS_MAX];
     char prefix[KV_NAME_MAX + 1], after[KV_NAME_MAX + 1]; /* List */

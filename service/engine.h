@@ -236,6 +236,7 @@ struct kv_fetch { /* FETCH */
     uint32_t layer;                  /* in */
     uint64_t begin;                  /* in */
     uint32_t tokens;                 /* in: 1 .. 128, not across a multiple of 128 */
+    enum kv_dtype dtype;             /* in: of the reply; 0: the layout's.  Else that, or F32 */
     /* out: the layer's length, or what all layers have when `layer` names none; also when tokens
      * is 0 (a question) */
     uint64_t length;

@@ -34,12 +34,15 @@ static void page_fail(struct kv_engine *engine, struct task *task, enum kv_statu
     page_finish(engine, task);
 }
 
-/* Rows [token, token + tokens) of a page to the reply. */
+/* Rows [token, token + tokens) of a page to the reply, as `dtype`: the layout's, or F32.  A packed
+ * page on its way to F32 goes through f16 whatever the layout: bf16 would round it to 8 bits. */
 static void page_emit(struct kv_engine *engine, struct task *task, const void *page, bool raw,
-                      const struct layout_entry *layout, uint32_t token, uint32_t tokens) {
+                      const struct layout_entry *layout, uint32_t token, uint32_t tokens,
+                      enum kv_dtype dtype) {
     struct kv_request *request = task->request;
     struct kv_stream *stream = task->lane->stream;
-    size_t half = tokens * layout->row_bytes;
+    struct kv_shape shape = layout->shape;
+    size_t half = tokens * (size_t)shape.heads * shape.head_dim * kv_dtype_bytes(dtype);
     request->reply_offset = (layout->raw_bytes + 63) / 64 * 64;
     request->reply_bytes = 2 * half;
     KV_CHECK(request->reply_offset + request->reply_bytes <= request->staging_bytes);
@@ -49,21 +52,24 @@ static void page_emit(struct kv_engine *engine, struct task *task, const void *p
         const struct kv_dequantize item = {
             .packed = page,
             .raw = unpacked,
-            .dtype = (enum kv_dtype)layout->shape.dtype,
+            .dtype = dtype == KV_DTYPE_F32 && shape.codec.kind != KV_CODEC_RAW
+                         ? KV_DTYPE_F16
+                         : (enum kv_dtype)shape.dtype,
         };
-        kv_kernel_dequantize(stream, &layout->shape, 1, &item);
+        kv_kernel_dequantize(stream, &shape, 1, &item);
         page = unpacked;
+        shape.dtype = (uint8_t)item.dtype;
     }
     uint8_t *reply = request->staging + request->reply_offset;
     const struct kv_emit item = {
         .page = page,
         .token = token,
         .tokens = tokens,
-        .dtype = layout->info.layout.dtype,
+        .dtype = dtype,
         .keys = reply,
         .values = reply + half,
     };
-    kv_kernel_emit(stream, &layout->shape, 1, &item);
+    kv_kernel_emit(stream, &shape, 1, &item);
     task_wait_ticket(engine, task, page_finish);
 }
 
@@ -106,13 +112,18 @@ static bool page_pinned(struct kv_engine *engine, struct task *task, step_fn *ag
 
 static void fetch_begin(struct kv_engine *engine, struct task *task);
 
+static enum kv_dtype fetch_dtype(const struct kv_fetch *fetch, const struct kv_layout *layout) {
+    return fetch->dtype ? fetch->dtype : (enum kv_dtype)layout->dtype;
+}
+
 static void fetch_read(struct kv_engine *engine, struct task *task) {
     if (!page_pinned(engine, task, fetch_begin, "session")) return;
     const struct kv_fetch *fetch = &task->request->fetch;
     const struct layout_entry *layout = task->page.session->layout;
     uint32_t block = (uint32_t)(fetch->begin / KV_BLOCK_TOKENS);
     page_emit(engine, task, task->lane->waves[0].addresses[0], session_block_raw(layout, block),
-              layout, (uint32_t)(fetch->begin % KV_BLOCK_TOKENS), fetch->tokens);
+              layout, (uint32_t)(fetch->begin % KV_BLOCK_TOKENS), fetch->tokens,
+              fetch_dtype(fetch, &layout->info.layout));
 }
 
 static void fetch_page(struct kv_engine *engine, struct task *task) {
@@ -134,7 +145,8 @@ static void fetch_page(struct kv_engine *engine, struct task *task) {
         return;
     }
     page_emit(engine, task, page, source.raw, session->layout,
-              (uint32_t)(fetch->begin % KV_BLOCK_TOKENS), fetch->tokens);
+              (uint32_t)(fetch->begin % KV_BLOCK_TOKENS), fetch->tokens,
+              fetch_dtype(fetch, &session->layout->info.layout));
 }
 
 static void fetch_begin(struct kv_engine *engine, struct task *task) {
@@ -164,6 +176,8 @@ static void fetch_begin(struct kv_engine *engine, struct task *task) {
         page_fail(engine, task, KV_INVALID, "end", "beyond the session's tokens");
     else if (fetch->begin / KV_BLOCK_TOKENS != (end - 1) / KV_BLOCK_TOKENS)
         page_fail(engine, task, KV_INVALID, "begin", "the range crosses a multiple of 128");
+    else if (fetch_dtype(fetch, l) != l->dtype && fetch->dtype != KV_DTYPE_F32)
+        page_fail(engine, task, KV_INVALID, "dtype", "neither the layout's nor F32");
     else fetch_page(engine, task);
 }
 
@@ -196,7 +210,7 @@ static void get_reply(struct kv_engine *engine, struct task *task, const uint8_t
     const struct layout_entry *layout = engine_layout(engine, &get->fingerprint);
     if (get->form == KV_FORM_FULL || raw) {
         get->form = KV_FORM_FULL;
-        page_emit(engine, task, page, raw, layout, 0, KV_BLOCK_TOKENS);
+        page_emit(engine, task, page, raw, layout, 0, KV_BLOCK_TOKENS, layout->info.layout.dtype);
         return;
     }
     request->reply_offset = 0;

@@ -366,9 +366,12 @@ int kivi_session_attend(uint32_t layer, struct kivi_attend_item *item, uint32_t 
                         struct kivi_error *error);
 
 /* K and V of tokens begin .. end - 1 of one layer, as attends see them, into k and v:
- * [end - begin][kv_heads][head_dim] each.  On failure the buffers' contents are undefined. */
+ * [end - begin][kv_heads][head_dim] each, of `dtype`: 0, the layout's, or KIVI_F32, which is nearer
+ * to what attends see (bf16 rounds it to 8 bits, KIVI_F32 to 11).  On failure the buffers' contents
+ * are undefined. */
 int kivi_session_fetch(struct kivi_session *session, uint32_t layer, uint64_t begin, uint64_t end,
-                       void *k, void *v, uint32_t timeout_ms, struct kivi_error *error);
+                       uint32_t dtype, void *k, void *v, uint32_t timeout_ms,
+                       struct kivi_error *error);
 
 /* Makes the session as it is now durable.  `durability` is what to wait for: KIVI_WRITTEN or
  * KIVI_SYNCED; `reached` and `length` may be NULL. */

@@ -228,8 +228,8 @@ int kivi_session_attend(uint32_t layer, struct kivi_attend_item *item, uint32_t 
 /* ---- Fetch ------------------------------------------------------------------------------- */
 
 /* One answer: K and V of a run of tokens that must begin where the last one ended. */
-static int fetch_scatter(const struct kivi_session *session, const struct wire_message *message,
-                         uint64_t begin, uint64_t *next, uint64_t end, void *k, void *v,
+static int fetch_scatter(const struct wire_message *message, size_t row_bytes, uint64_t begin,
+                         uint64_t *next, uint64_t end, void *k, void *v,
                          struct kivi_error *error) {
     Kivi__V1__FetchResponse *answer =
         kivi__v1__fetch_response__unpack(NULL, message->header_bytes, message->header);
@@ -237,10 +237,10 @@ static int fetch_scatter(const struct kivi_session *session, const struct wire_m
     uint64_t at = answer->begin, tokens = answer->tokens;
     kivi__v1__fetch_response__free_unpacked(answer, NULL);
 
-    size_t bytes = (size_t)tokens * session->kv_row_bytes;
+    size_t bytes = (size_t)tokens * row_bytes;
     if (at != *next || tokens == 0 || tokens > end - at || message->payload_bytes != 2 * bytes)
         return error_set(error, KIVI_INTERNAL, "", "the service sent tokens that were not asked for");
-    size_t offset = (size_t)(at - begin) * session->kv_row_bytes;
+    size_t offset = (size_t)(at - begin) * row_bytes;
     wire_gather(message, 0, bytes, (uint8_t *)k + offset);
     wire_gather(message, bytes, bytes, (uint8_t *)v + offset);
     *next = at + tokens;
@@ -248,15 +248,22 @@ static int fetch_scatter(const struct kivi_session *session, const struct wire_m
 }
 
 int kivi_session_fetch(struct kivi_session *session, uint32_t layer, uint64_t begin, uint64_t end,
-                       void *k, void *v, uint32_t timeout_ms, struct kivi_error *error) {
+                       uint32_t dtype, void *k, void *v, uint32_t timeout_ms,
+                       struct kivi_error *error) {
+    const struct kivi_layout *layout = &session->info.layout;
     if (end <= begin)
         return error_set(error, KIVI_INVALID_ARGUMENT, "end", "the range is empty");
+    if (dtype == 0) dtype = layout->dtype;
+    size_t row_bytes = (size_t)layout->kv_heads * layout->head_dim * kivi_dtype_bytes(dtype);
+    if (row_bytes == 0)
+        return error_set(error, KIVI_INVALID_ARGUMENT, "dtype", "%u is none", dtype);
     Kivi__V1__FetchRequest question = KIVI__V1__FETCH_REQUEST__INIT;
     question.session = session->handle;
     question.n_layers = 1;
     question.layers = &layer;
     question.begin = begin;
     question.end = end;
+    question.dtype = (Kivi__V1__Dtype)dtype;
     struct stream *stream = stream_open(session->client->transport, METHOD_FETCH, error);
     if (!stream) return KIVI_RESOURCE_EXHAUSTED;
 
@@ -267,7 +274,7 @@ int kivi_session_fetch(struct kivi_session *session, uint32_t layer, uint64_t be
     while (code == KIVI_OK) {
         code = stream_receive(stream, &message, deadline_us, error);
         if (code != KIVI_OK || !message) break;
-        code = fetch_scatter(session, message, begin, &next, end, k, v, error);
+        code = fetch_scatter(message, row_bytes, begin, &next, end, k, v, error);
     }
     if (code == KIVI_OK && next != end)
         code = error_set(error, KIVI_INTERNAL, "", "the service stopped at token %llu",

@@ -361,9 +361,9 @@ static const char *dtype_text(uint32_t dtype) {
 }
 
 /* [tokens][heads][dim] as it comes into its place in [heads][tokens][dim]. */
-static void fetch_turn(const uint8_t *from, const struct kivi_layout *layout, uint64_t offset,
-                       uint64_t count, uint64_t tokens, uint8_t *to) {
-    size_t row_bytes = layout->head_dim * kivi_dtype_bytes(layout->dtype);
+static void fetch_turn(const uint8_t *from, const struct kivi_layout *layout, uint32_t dtype,
+                       uint64_t offset, uint64_t count, uint64_t tokens, uint8_t *to) {
+    size_t row_bytes = layout->head_dim * kivi_dtype_bytes(dtype);
     for (uint64_t i = 0; i < count; i++)
         for (uint32_t head = 0; head < layout->kv_heads; head++)
             memcpy(to + (head * tokens + offset + i) * row_bytes,
@@ -371,31 +371,33 @@ static void fetch_turn(const uint8_t *from, const struct kivi_layout *layout, ui
 }
 
 static bool fetch_layer(struct ctl *ctl, struct kivi_session *session, uint32_t layer,
-                        uint64_t begin, uint64_t end, uint8_t *k, uint8_t *v) {
+                        uint32_t dtype, uint64_t begin, uint64_t end, uint8_t *k, uint8_t *v) {
     const struct kivi_layout *layout = &kivi_session_layout(session)->layout;
     size_t step_bytes =
-        (size_t)FETCH_STEP * layout->kv_heads * layout->head_dim * kivi_dtype_bytes(layout->dtype);
+        (size_t)FETCH_STEP * layout->kv_heads * layout->head_dim * kivi_dtype_bytes(dtype);
     uint8_t *rows = ctl_alloc(2 * step_bytes);
     int code = KIVI_OK;
     for (uint64_t at = begin; at < end && code == KIVI_OK; at += FETCH_STEP) {
         uint64_t count = end - at < FETCH_STEP ? end - at : FETCH_STEP;
-        code = kivi_session_fetch(session, layer, at, at + count, rows, rows + step_bytes, 0,
-                                  &ctl->error);
+        code = kivi_session_fetch(session, layer, at, at + count, dtype, rows, rows + step_bytes,
+                                  0, &ctl->error);
         if (code != KIVI_OK) break;
-        fetch_turn(rows, layout, at - begin, count, end - begin, k);
-        fetch_turn(rows + step_bytes, layout, at - begin, count, end - begin, v);
+        fetch_turn(rows, layout, dtype, at - begin, count, end - begin, k);
+        fetch_turn(rows + step_bytes, layout, dtype, at - begin, count, end - begin, v);
     }
     free(rows);
     return code == KIVI_OK;
 }
 
-static int fetch_session(struct ctl *ctl, const char *name, const char *salt, uint64_t begin,
-                         uint64_t end, const char *path) {
+/* dtype 0: the layout's */
+static int fetch_session(struct ctl *ctl, const char *name, const char *salt, uint32_t dtype,
+                         uint64_t begin, uint64_t end, const char *path) {
     struct kivi_session *session;
     struct kivi_session_state state;
     bool was_open;
     if (!session_existing(ctl, name, salt, &session, &state, &was_open)) return ctl_failed(ctl);
     const struct kivi_layout *layout = &state.info.layout;
+    if (dtype == 0) dtype = layout->dtype;
     if (end == 0 || end > state.length) end = state.length;
     if (begin >= end) {
         session_leave(session, was_open);
@@ -404,20 +406,20 @@ static int fetch_session(struct ctl *ctl, const char *name, const char *salt, ui
 
     struct st_tensor tensors[2 * KVFILE_LAYERS_MAX];
     char names[2 * KVFILE_LAYERS_MAX][32], why[ST_WHY_BYTES];
-    size_t bytes = (size_t)(end - begin) * layout->kv_heads * layout->head_dim *
-                   kivi_dtype_bytes(layout->dtype);
+    size_t bytes =
+        (size_t)(end - begin) * layout->kv_heads * layout->head_dim * kivi_dtype_bytes(dtype);
     struct progress progress;
     progress_begin(&progress, "fetch", layout->layers, ctl->quiet);
     bool good = true;
     double began = ctl_seconds();
     for (uint32_t i = 0; i < 2 * layout->layers; i++) {
         snprintf(names[i], sizeof names[i], "%c.%u", i % 2 ? 'v' : 'k', i / 2);
-        tensors[i] = (struct st_tensor){.name = names[i], .dtype = dtype_text(layout->dtype),
+        tensors[i] = (struct st_tensor){.name = names[i], .dtype = dtype_text(dtype),
                                         .rank = 3, .data = ctl_alloc(bytes), .bytes = bytes,
                                         .shape = {layout->kv_heads, end - begin, layout->head_dim}};
     }
     for (uint32_t i = 0; i < layout->layers && good; i++) {
-        good = fetch_layer(ctl, session, i, begin, end, (void *)tensors[2 * i].data,
+        good = fetch_layer(ctl, session, i, dtype, begin, end, (void *)tensors[2 * i].data,
                            (void *)tensors[2 * i + 1].data);
         progress_update(&progress, i + 1);
     }
@@ -445,12 +447,14 @@ static int fetch_session(struct ctl *ctl, const char *name, const char *salt, ui
 int run_fetch(struct ctl *ctl, int argc, const char **argv) {
     char *session = NULL, *salt = NULL, *path = NULL;
     long begin = 0, end = 0;
-    int exit_code;
+    int exit_code, f32 = 0;
     const struct poptOption own[] = {
         {"session", 's', POPT_ARG_STRING, &session, 0, "the session's name", "NAME"},
         {"salt", 0, POPT_ARG_STRING, &salt, 0, "the one it was made with", "TEXT"},
         {"begin", 0, POPT_ARG_LONG, &begin, 0, "first token (0)", "N"},
         {"end", 0, POPT_ARG_LONG, &end, 0, "token behind the last (the session's length)", "N"},
+        {"f32", 0, POPT_ARG_NONE, &f32, 0,
+         "binary32 whatever the session's elements are: nearer to what attends see", NULL},
         {"out", 'o', POPT_ARG_STRING, &path, 0,
          "write k.L and v.L [kv heads, tokens, dim] of layers 0, 1, ..., safetensors", "FILE"},
         POPT_TABLEEND};
@@ -460,5 +464,6 @@ int run_fetch(struct ctl *ctl, int argc, const char **argv) {
     if (!session) return ctl_say(ctl, EXIT_USAGE, "--session is missing");
     if (begin < 0 || end < 0) return ctl_say(ctl, EXIT_USAGE, "tokens begin at 0");
     if (!ctl_connect(ctl)) return EXIT_USAGE;
-    return fetch_session(ctl, session, salt, (uint64_t)begin, (uint64_t)end, path);
+    return fetch_session(ctl, session, salt, f32 ? KIVI_F32 : 0, (uint64_t)begin, (uint64_t)end,
+                         path);
 }

@@ -183,6 +183,7 @@ static bool fetch_next(struct pages *pages, struct kv_request *request) {
     request->fetch.layer = layer_number(pages, pages->layer);
     request->fetch.begin = pages->token;
     request->fetch.tokens = (uint32_t)(end - pages->token);
+    request->fetch.dtype = plan->dtype;
     pages->token = end;
     return true;
 }

@@ -81,6 +81,9 @@ exits 0 attend "$file" --session a --salt s --out "$work/a.1"
 exits 0 fetch --session a --salt s --out "$work/a.kv"
 is "attention on what is held, to rounding" True \
     "$(close_to "$(/usr/bin/python3 "$reference" "$file" "$work/a.1" "$work/a.kv")" 1e-3)"
+exits 0 fetch --session a --salt s --f32 --out "$work/a.f32"
+is "or to less of it" True \
+    "$(close_to "$(/usr/bin/python3 "$reference" "$file" "$work/a.1" "$work/a.f32")" 5e-4)"
 exits 0 fetch --session a --salt s --begin 100 --end 200 --out "$work/part"
 exits 0 sessions ls
 is "all sessions" "['a', 'b', 'raw']" "$(json "[s['name'] for s in it['sessions']]")"

@@ -457,6 +457,8 @@ static void fetches_that_are_refused(void **state) {
     FETCH(KV_INVALID, "end", request->fetch.begin = 191);
     FETCH(KV_INVALID, "end", request->fetch.begin = UINT64_MAX);
     FETCH(KV_INVALID, "begin", request->fetch.begin = 120);
+    FETCH(KV_INVALID, "dtype", request->fetch.dtype = KV_DTYPE_BF16);
+    FETCH(KV_INVALID, "dtype", request->fetch.dtype = (enum kv_dtype)4);
     request = fetch_request(s);
     request->fetch.tokens = 0; /* a question */
     lab_call(&s->lab, request);

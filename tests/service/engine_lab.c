@@ -273,6 +273,12 @@ enum kv_status lab_close_session(struct lab *lab, uint64_t session, bool commit)
 
 enum kv_status lab_fetch(struct lab *lab, uint64_t session, const struct kv_layout *layout,
                          uint32_t layer, uint32_t length, float *keys, float *values) {
+    return lab_fetch_as(lab, session, layout, layout->dtype, layer, length, keys, values);
+}
+
+enum kv_status lab_fetch_as(struct lab *lab, uint64_t session, const struct kv_layout *layout,
+                            enum kv_dtype dtype, uint32_t layer, uint32_t length, float *keys,
+                            float *values) {
     size_t row = (size_t)layout->heads * layout->head_dim;
     for (uint32_t begin = 0; begin < length; begin += KV_BLOCK_TOKENS) {
         uint32_t tokens = length - begin < KV_BLOCK_TOKENS ? length - begin : KV_BLOCK_TOKENS;
@@ -281,13 +287,14 @@ enum kv_status lab_fetch(struct lab *lab, uint64_t session, const struct kv_layo
         request->fetch.layer = layer;
         request->fetch.begin = begin;
         request->fetch.tokens = tokens;
+        request->fetch.dtype = dtype;
         enum kv_status status = lab_call(lab, request)->status;
         if (status == KV_OK) {
             const uint8_t *reply = request->staging + request->reply_offset;
             KV_CHECK(request->reply_bytes ==
-                     2 * tokens * row * kv_dtype_bytes(layout->dtype));
-            lab_decode(layout->dtype, reply, keys + begin * row, tokens * row);
-            lab_decode(layout->dtype, reply + request->reply_bytes / 2, values + begin * row,
+                     2 * tokens * row * kv_dtype_bytes(dtype));
+            lab_decode(dtype, reply, keys + begin * row, tokens * row);
+            lab_decode(dtype, reply + request->reply_bytes / 2, values + begin * row,
                        tokens * row);
         }
         lab_done(lab, request);

@@ -77,9 +77,13 @@ enum kv_status lab_commit(struct lab *lab, uint64_t session, enum kv_durability 
 enum kv_status lab_close_session(struct lab *lab, uint64_t session, bool commit);
 
 /* K and V of tokens [0, length) of a layer as floats, through FETCH: [tokens][heads][head_dim].
- * KV_OK, or the first failure. */
+ * In between they are of the layout's dtype, or of the one that is named.  KV_OK, or the first
+ * failure. */
 enum kv_status lab_fetch(struct lab *lab, uint64_t session, const struct kv_layout *layout,
                          uint32_t layer, uint32_t length, float *keys, float *values);
+enum kv_status lab_fetch_as(struct lab *lab, uint64_t session, const struct kv_layout *layout,
+                            enum kv_dtype dtype, uint32_t layer, uint32_t length, float *keys,
+                            float *values);
 
 /* The definition, once more and naive: double precision, one row. */
 void lab_reference(const struct kv_layout *layout, const float *query, const float *keys,

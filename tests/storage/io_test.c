@@ -19,7 +19,7 @@ enum { MEMORY = 1 << 20, REQUESTS = 16 };
 struct io_lab {
     struct kv_io *io;
     int files[2];
-    char names[2][160];
+    char names[2][512]; /* Bazel's directories for tests have long names */
     uint8_t *memory;
 };
 
