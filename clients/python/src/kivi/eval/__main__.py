@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quality of the service's codecs on a causal language model.
 
-Teacher forcing on the decode path: the text goes through the model in chunks of 32 tokens whose
+Teacher forcing on the decode path: the text goes through the model in chunks of a few tokens whose
 queries, keys and values go to a running kivid and whose attention comes back from it, so every
 token attends to what the service really holds.  The reference is the same model with stock
-attention on an exact cache.
+attention on an exact cache.  (A block is packed as soon as 128 newer tokens are there, so the first
+token of a chunk sees an exact window that is shorter by the chunk: --chunk 1 is a decode step and
+slow, 8 is close to it.)
 
     python -m kivi.eval --target unix:///run/kivid/kivid.sock --model DIR --text FILE
         [--codecs raw16,kivi2] [--windows 96 --length 2048] [--needle 4096] [--json FILE]
         [--plot FILE.png]
+
+It holds the reference's log-probabilities of one batch, float32: batch x length x vocabulary.
 
 Columns: bits (a page's true bits per element, metadata counted), held (everything counted at that
 length: sinks, window, metadata), perplexity, its ratio to the reference, KL(reference || codec) in
@@ -20,12 +24,13 @@ With --json every finished window is kept in FILE.partial, and a later call goes
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import math
 import pathlib
 import sys
 import time
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import torch
 
@@ -34,7 +39,6 @@ import kivi.hf
 
 from . import needle
 
-CHUNK = kivi.hf.REMOTE_ROWS_MAX
 CODECS = "raw16,kivi2-paper,kivi4-paper,kivi2.5,kivi2,kivi1.75,kivi1.5"
 NEEDLE_SEED = 5
 
@@ -52,7 +56,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--needle", type=int, default=0, metavar="TOKENS",
                         help="length of the key retrieval test; 0: none")
     parser.add_argument("--questions", type=int, default=256, help="of the key retrieval test")
-    parser.add_argument("--batch", type=int, default=4, help="sequences at a time")
+    parser.add_argument("--batch", type=int, default=8, help="sequences at a time")
+    parser.add_argument("--chunk", type=int, default=8, help="tokens of a step, at most "
+                        f"{kivi.hf.REMOTE_ROWS_MAX}")
     parser.add_argument("--window-tokens", type=int, help="exact newest tokens, instead of the preset's")
     parser.add_argument("--sink-blocks", type=int, default=None, help="exact first blocks, likewise")
     parser.add_argument("--json", type=pathlib.Path)
@@ -104,37 +110,42 @@ class Bench:
                                          add_special_tokens=False)
         self.bits: Dict[str, float] = {}
 
-    def reference(self, rows: torch.Tensor) -> Iterator[torch.Tensor]:
-        """Log-probabilities [length, vocabulary] of each row, from stock attention."""
-        self.model.set_attn_implementation("sdpa")
-        for row in rows:
-            with torch.no_grad():
-                yield self.model(row[None], use_cache=False).logits[0].log_softmax(-1)
+        self.can_keep = "logits_to_keep" in inspect.signature(self.model.forward).parameters
 
-    def through_service(self, rows: torch.Tensor, codec: str
-                        ) -> Tuple[torch.Tensor, float]:
-        """(logits [batch, length, vocabulary], bits held per element of K and V)."""
+    def reference(self, rows: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """Log-probabilities [batch, length - first, vocabulary] from stock attention."""
+        self.model.set_attn_implementation("sdpa")
+        result = None
+        with torch.no_grad():
+            for i, row in enumerate(rows):
+                logits = self._logits(row[None], rows.shape[1] - first, use_cache=False)
+                if result is None:
+                    result = logits.new_empty(len(rows), *logits.shape[1:])
+                torch.log_softmax(logits[0], -1, out=result[i])
+        return result
+
+    def through_service(self, rows: torch.Tensor, codec: str, first: int,
+                        each: Callable[[int, torch.Tensor], None]) -> float:
+        """Calls each(position, logits [batch, tokens, vocabulary]) for the tokens from `first` on,
+        a chunk at a time.  Returns the bits held per element of K and V."""
         self.model.set_attn_implementation("kivi")
-        more: Dict[str, Any] = {}
-        if self.args.window_tokens is not None:
-            more = {"window_tokens": self.args.window_tokens,
-                    "sink_blocks": self.args.sink_blocks or 0}
-        info = self.client.register(kivi.hf.layout_of(self.model.config, dtype="f16", codec=codec,
-                                                      **more))
-        self.bits[codec] = info.bits_per_element
+        info = self.client.register(self.layout(codec))
         stamp = f"eval-{time.time_ns()}"
         # A salt of its own: equal texts of an earlier run must not lend this one their blocks.
         sessions = [self.client.session(f"{stamp}-{i}", info, mode="create", salt=stamp.encode())
                     for i in range(len(rows))]
         try:
             cache = kivi.hf.RemoteCache(self.model.config, sessions)
-            logits = []
             with torch.no_grad():
-                for at in range(0, rows.shape[1], CHUNK):
-                    logits.append(self.model(rows[:, at:at + CHUNK], past_key_values=cache,
-                                             use_cache=True).logits)
+                for at in range(0, rows.shape[1], self.args.chunk):
+                    chunk = rows[:, at:at + self.args.chunk]
+                    wanted = at + chunk.shape[1] - max(at, first)
+                    logits = self._logits(chunk, max(1, wanted), past_key_values=cache,
+                                          use_cache=True)
+                    if wanted > 0:
+                        each(max(at, first), logits)
             held = self.client.describe(sessions[0].name)
-            return torch.cat(logits, 1), 16 * held.bytes_held / max(1, held.bytes_full)
+            return 16 * held.bytes_held / max(1, held.bytes_full)
         finally:
             for session in sessions:
                 session.close(commit=False)
@@ -142,6 +153,19 @@ class Bench:
                     self.client.delete(session.name)
                 except kivi.NotFound:
                     pass  # never committed: closing it was enough
+
+    def layout(self, codec: str) -> kivi.Layout:
+        more: Dict[str, Any] = {}
+        if self.args.window_tokens is not None:
+            more = {"window_tokens": self.args.window_tokens,
+                    "sink_blocks": self.args.sink_blocks or 0}
+        return kivi.hf.layout_of(self.model.config, dtype="f16", codec=codec, **more)
+
+    def _logits(self, ids: torch.Tensor, last: int, **more: Any) -> torch.Tensor:
+        """Logits of the last tokens only, where the model can leave out the others."""
+        if self.can_keep:
+            more["logits_to_keep"] = last
+        return self.model(ids, **more).logits[:, -last:]
 
     def perplexity(self, codecs: List[str], results: Results) -> None:
         args = self.args
@@ -152,22 +176,13 @@ class Bench:
             if not todo:
                 continue
             batch = rows[at:at + args.batch]
-            truth = list(self.reference(batch))
+            truth = self.reference(batch)
             if not results.has("text", at, "reference"):
-                nll = sum(-p[:-1].gather(-1, row[1:, None]).sum().item()
-                          for p, row in zip(truth, batch))
+                nll = -truth[:, :-1].gather(-1, batch[:, 1:, None]).sum(dtype=torch.float64).item()
                 results.add("text", at, "reference",
                             {"tokens": batch.numel() - len(batch), "nll": nll})
             for codec in todo:
-                logits, held = self.through_service(batch, codec)
-                sums = {"tokens": 0.0, "nll": 0.0, "kl": 0.0, "top1": 0.0, "held": held,
-                        "batches": 1.0}
-                for reference, row_logits, row in zip(truth, logits, batch):
-                    p, r = row_logits[:-1].log_softmax(-1), reference[:-1]
-                    sums["tokens"] += len(p)
-                    sums["nll"] -= p.gather(-1, row[1:, None]).sum().item()
-                    sums["kl"] += (r.exp() * (r - p)).sum().item()
-                    sums["top1"] += (p.argmax(-1) == r.argmax(-1)).sum().item()
+                sums = compare(self, batch, codec, truth)
                 results.add("text", at, codec, sums)
                 progress(f"text {at + len(batch)}/{windows}  {codec}  KL "
                          f"{sums['kl'] / sums['tokens']:.5f}")
@@ -182,15 +197,40 @@ class Bench:
             for codec in ["reference", *codecs]:
                 if results.has("needle", at, codec):
                     continue
-                logits = (list(self.reference(ids)) if codec == "reference"
-                          else self.through_service(ids, codec)[0])
+                first = min(start for row in batch for start, _ in row.answers) - 1
+                if codec == "reference":
+                    logits = self.reference(ids, first)
+                else:
+                    parts: List[torch.Tensor] = []
+                    self.through_service(ids, codec, first, lambda _, part: parts.append(part))
+                    logits = torch.cat(parts, 1)
                 right = sum(
-                    bool((lg[first - 1:first - 1 + n].argmax(-1)
-                          == torch.tensor(row.ids[first:first + n])).all())
-                    for lg, row in zip(logits, batch) for first, n in row.answers)
+                    bool((told[start - 1 - first:start - 1 - first + n].argmax(-1)
+                          == torch.tensor(row.ids[start:start + n])).all())
+                    for told, row in zip(logits, batch) for start, n in row.answers)
                 results.add("needle", at, codec,
                             {"right": right, "asked": sum(len(r.answers) for r in batch)})
                 progress(f"needle {at + len(batch)}/{len(rows)}  {codec}  {right}")
+
+
+def compare(bench: Bench, batch: torch.Tensor, codec: str, truth: torch.Tensor
+            ) -> Dict[str, float]:
+    """Sums over all tokens of a batch that have a successor; a chunk and a row at a time, so that
+    the sums are made in the processor's cache."""
+    length = batch.shape[1]
+    sums = {"tokens": 0.0, "nll": 0.0, "kl": 0.0, "top1": 0.0, "held": 0.0, "batches": 1.0}
+
+    def chunk(at: int, logits: torch.Tensor) -> None:
+        end = min(at + logits.shape[1], length - 1)
+        for told, reference, row in zip(logits, truth, batch):
+            p, r = told[:end - at].log_softmax(-1), reference[at:end]
+            sums["tokens"] += len(p)
+            sums["nll"] -= p.gather(-1, row[at + 1:end + 1, None]).sum().item()
+            sums["kl"] += (r.exp() * (r - p)).sum().item()
+            sums["top1"] += (p.argmax(-1) == r.argmax(-1)).sum().item()
+
+    sums["held"] = bench.through_service(batch, codec, 0, chunk)
+    return sums
 
 
 def progress(text: str) -> None:
@@ -256,12 +296,11 @@ def main() -> None:
     codecs = [c for c in args.codecs.split(",") if c]
     bench = Bench(args)
     key = json.dumps([str(args.model), str(args.text), args.length, args.needle, args.batch,
-                      args.window_tokens, args.sink_blocks])
+                      args.chunk, args.window_tokens, args.sink_blocks])
     partial = args.json.with_suffix(args.json.suffix + ".partial") if args.json else None
     results = Results(partial, key)
     for codec in codecs:
-        layout = kivi.hf.layout_of(bench.model.config, dtype="f16", codec=codec)
-        bench.bits[codec] = bench.client.register(layout).bits_per_element
+        bench.bits[codec] = bench.client.register(bench.layout(codec)).bits_per_element
     if args.windows:
         bench.perplexity(codecs, results)
     if args.needle:
