@@ -18,7 +18,9 @@ Columns: bits (a page's true bits per element, metadata counted), held (everythi
 length: sinks, window, metadata), perplexity, its ratio to the reference, KL(reference || codec) in
 nats per token, how often the first choice agrees, and key retrieval.
 
-With --json every finished window is kept in FILE.partial, and a later call goes on from there.
+With --json every finished batch is kept in FILE.partial, and a later call goes on from there.
+Several processes may share the work, each with its own --stripe I/N of the batches and one FILE; a
+last call without --stripe (or the one that ends last) shows the table of them all.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import math
 import pathlib
 import sys
 import time
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 
@@ -41,6 +43,13 @@ from . import needle
 
 CODECS = "raw16,kivi2-paper,kivi4-paper,kivi2.5,kivi2,kivi1.75,kivi1.5"
 NEEDLE_SEED = 5
+
+
+def stripe(text: str) -> Tuple[int, int]:
+    index, count = (int(n) for n in text.split("/"))
+    if not 0 <= index < count:
+        raise ValueError(text)
+    return index, count
 
 
 def parse() -> argparse.Namespace:
@@ -61,40 +70,49 @@ def parse() -> argparse.Namespace:
                         f"{kivi.hf.REMOTE_ROWS_MAX}")
     parser.add_argument("--window-tokens", type=int, help="exact newest tokens, instead of the preset's")
     parser.add_argument("--sink-blocks", type=int, default=None, help="exact first blocks, likewise")
+    parser.add_argument("--stripe", type=stripe, default=(0, 1), metavar="I/N",
+                        help="only every N-th batch, from the I-th (0 .. N - 1) on")
     parser.add_argument("--json", type=pathlib.Path)
     parser.add_argument("--plot", type=pathlib.Path)
     return parser.parse_args()
 
 
 class Results:
-    """Sums per codec, in memory and, line by line, in a file that a later call reads back."""
+    """Sums per batch and codec, in memory and, line by line, in a file that a later call reads."""
 
-    def __init__(self, path: Any, key: str) -> None:
-        self.sums: Dict[Tuple[str, str], Dict[str, float]] = {}
-        self.done = set()
+    def __init__(self, path: Optional[pathlib.Path], key: str) -> None:
+        self.batches: Dict[Tuple[str, int, str], Dict[str, float]] = {}
         self.key = key
         self.path = path
-        if path is not None and path.exists():
-            for line in path.read_text().splitlines():
-                entry = json.loads(line)
-                if entry["key"] == key:
-                    self._add(entry)
+        self.load()
+
+    def load(self) -> None:
+        """Reads what this process and others have written."""
+        if self.path is None or not self.path.exists():
+            return
+        for line in self.path.read_text().splitlines():
+            entry = json.loads(line)
+            if entry["key"] == self.key:
+                self.batches[entry["part"], entry["index"], entry["codec"]] = entry["sums"]
 
     def has(self, part: str, index: int, codec: str) -> bool:
-        return (part, index, codec) in self.done
+        return (part, index, codec) in self.batches
 
     def add(self, part: str, index: int, codec: str, sums: Dict[str, float]) -> None:
-        entry = {"key": self.key, "part": part, "index": index, "codec": codec, "sums": sums}
-        self._add(entry)
+        self.batches[part, index, codec] = sums
         if self.path is not None:
+            entry = {"key": self.key, "part": part, "index": index, "codec": codec, "sums": sums}
             with self.path.open("a") as file:
                 file.write(json.dumps(entry) + "\n")
 
-    def _add(self, entry: Dict[str, Any]) -> None:
-        self.done.add((entry["part"], entry["index"], entry["codec"]))
-        total = self.sums.setdefault((entry["part"], entry["codec"]), {})
-        for name, value in entry["sums"].items():
-            total[name] = total.get(name, 0.0) + value
+    def total(self, part: str, codec: str, of: Optional[str] = None) -> Dict[str, float]:
+        """A codec's sums over the batches that `of` (itself if None) was measured on."""
+        total: Dict[str, float] = {}
+        for (a_part, index, a_codec), sums in self.batches.items():
+            if (a_part, a_codec) == (part, codec) and self.has(part, index, of or codec):
+                for name, value in sums.items():
+                    total[name] = total.get(name, 0.0) + value
+        return total
 
 
 class Bench:
@@ -167,11 +185,16 @@ class Bench:
             more["logits_to_keep"] = last
         return self.model(ids, **more).logits[:, -last:]
 
+    def mine(self, count: int) -> range:
+        """Where the batches of this process begin."""
+        index, stripes = self.args.stripe
+        return range(index * self.args.batch, count, stripes * self.args.batch)
+
     def perplexity(self, codecs: List[str], results: Results) -> None:
         args = self.args
         windows = min(args.windows, len(self.ids) // args.length)
         rows = torch.tensor(self.ids[:windows * args.length]).view(-1, args.length)
-        for at in range(0, windows, args.batch):
+        for at in self.mine(windows):
             todo = [c for c in codecs if not results.has("text", at, c)]
             if not todo:
                 continue
@@ -191,7 +214,7 @@ class Bench:
         args = self.args
         rows = needle.rows(self.tokenizer, self.ids, -(-args.questions // needle.QUESTIONS),
                            args.needle, NEEDLE_SEED)
-        for at in range(0, len(rows), args.batch):
+        for at in self.mine(len(rows)):
             batch = rows[at:at + args.batch]
             ids = torch.tensor([row.ids for row in batch])
             for codec in ["reference", *codecs]:
@@ -241,11 +264,12 @@ def progress(text: str) -> None:
 
 
 def table(bench: Bench, codecs: List[str], results: Results) -> List[Dict[str, Any]]:
-    base = results.sums.get(("text", "reference"), {})
+    results.load()
     rows = []
     for codec in ["reference", *codecs]:
-        text = results.sums.get(("text", codec), {})
-        found = results.sums.get(("needle", codec), {})
+        text = results.total("text", codec)
+        base = results.total("text", "reference", of=codec)
+        found = results.total("needle", codec)
         tokens = text.get("tokens", 0)
         nll = text["nll"] / tokens if tokens else math.nan
         is_reference = codec == "reference"
@@ -259,6 +283,8 @@ def table(bench: Bench, codecs: List[str], results: Results) -> List[Dict[str, A
             "kl": 0.0 if is_reference else text["kl"] / tokens if tokens else None,
             "top1": 1.0 if is_reference else text["top1"] / tokens if tokens else None,
             "needle": found["right"] / found["asked"] if found else None,
+            "tokens": int(tokens),
+            "asked": int(found["asked"]) if found else 0,
         })
     return rows
 
