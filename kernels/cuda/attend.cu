@@ -119,12 +119,10 @@ struct attend_launch attend_prepare(const struct attend_limits *limits, const st
     launch.threads = 32 * warps;
 
     /* Units. */
-    struct attend_item *out = (struct attend_item *)host;
-    size_t used = count * sizeof *out;
-    used = (used + 15) & ~(size_t)15;
-    struct attend_unit *units = (struct attend_unit *)(host + used);
-    call->items = (const struct attend_item *)device;
-    call->units = (const struct attend_unit *)(device + used);
+    struct attend_item *out = call->items;
+    size_t used = 0;
+    struct attend_unit *units = (struct attend_unit *)host;
+    call->units = (const struct attend_unit *)device;
     uint32_t unit_count = 0;
     for (uint32_t i = 0; i < count; i++) {
         uint32_t token = 0;
@@ -168,6 +166,7 @@ struct attend_launch attend_prepare(const struct attend_limits *limits, const st
 
     const uint32_t slots = limits->slots != 0 ? limits->slots : limits->processors * blocks;
     launch.grid = attend_plan(out, count, shape->heads, slots, warps, limits->parts_max);
+    for (uint32_t i = 0; i < count; i++) call->block_first[i] = out[i].block_first;
     return launch;
 }
 
@@ -203,7 +202,7 @@ uint32_t attend_plan(struct attend_item *items, uint32_t count, uint32_t heads, 
     for (uint32_t i = 0; i < count; i++) {
         items[i].block_first = block;
         items[i].splits = std::max(1u, (items[i].unit_count + low - 1) / low);
-        items[i].splits = std::min(items[i].splits, 512u);
+        items[i].splits = std::min<uint32_t>(items[i].splits, ATTEND_SPLITS_MAX);
         const uint32_t of_item = heads * items[i].vector_blocks;
         items[i].part_first = part;
         items[i].counter_first = counter;
@@ -214,16 +213,25 @@ uint32_t attend_plan(struct attend_item *items, uint32_t count, uint32_t heads, 
     return block;
 }
 
-cudaError_t attend_start(const struct attend_launch *launch, cudaStream_t queue) {
-    launch->kernel->kernel<<<launch->grid, launch->threads, launch->shared_bytes, queue>>>(launch->call);
-    return cudaGetLastError();
+cudaError_t attend_start(const struct attend_launch *launch, bool overlaps, cudaStream_t queue) {
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = launch->grid;
+    config.blockDim = launch->threads;
+    config.dynamicSmemBytes = launch->shared_bytes;
+    config.stream = queue;
+    config.attrs = &overlap;
+    config.numAttrs = overlaps;
+    return cudaLaunchKernelEx(&config, launch->kernel->kernel, launch->call);
 }
 
 void cuda_attend(struct kv_stream *base, const struct kv_shape *shape, uint32_t count,
                  const struct kv_attend *items) {
     struct cuda_stream *stream = (struct cuda_stream *)base;
     const struct attend_limits limits = {stream->device->processors, stream->device->shared_max, 0, 0, stream->parts_max, 0, NULL};
-    size_t bytes = count * sizeof(struct attend_item) + 64;
+    size_t bytes = 0;
     for (uint32_t i = 0; i < count; i++)
         bytes += items[i].rows * sizeof(uint32_t) + (size_t)items[i].page_count * 8 * sizeof(struct attend_unit);
     struct cuda_upload upload = cuda_upload_reserve(stream, std::min<size_t>(bytes, UPLOAD_SEGMENT_BYTES));
@@ -232,5 +240,5 @@ void cuda_attend(struct kv_stream *base, const struct kv_shape *shape, uint32_t 
     launch.call.parts = stream->parts;
     launch.call.counters = stream->counters;
     cuda_upload_send(stream, upload, launch.upload_bytes);
-    cuda_ok(stream->device, attend_start(&launch, stream->queue));
+    cuda_ok(stream->device, attend_start(&launch, stream->device->overlaps, stream->queue));
 }

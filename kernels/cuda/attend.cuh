@@ -953,21 +953,30 @@ KV_DEVICE float query_element(const void *q, uint32_t dtype, size_t i) {
     return __half2float(((const __half *)q)[i]);
 }
 
-/* Lays the block's query vectors out in shared memory: as [channel][4 vectors] f16, scaled by
- * a power of two so that the largest lies in [32, 64); and as B operands of two 16-bit
- * digits, f16 and, where raw pages are bf16, bf16. */
-template <int D, int NQ>
-KV_DEVICE void load_query(const attend_call &call, const attend_item &item, uint32_t head, uint32_t block,
-                          const attend_layout &at, char *shared, int warp, int warps, int lane) {
-    for (int v = warp; v < 4 * NQ; v += warps) {
-        const uint32_t vector = block * 4 * NQ + v;
-        const bool exists = vector < item.vectors;
-        const uint32_t row = vector / item.group;
+/* A query vector of a block, a part of it in every lane of a warp, on its way. */
+template <int D> struct query_vector {
+    float x[D / 32];
+    uint32_t limit;
+    bool exists;
+
+    KV_DEVICE void load(const attend_call &call, const attend_item &item, uint32_t head, uint32_t vector, int lane) {
+        exists = vector < item.vectors;
+        const uint32_t row = exists ? vector / item.group : 0;
         const size_t first = exists ? ((size_t)row * item.heads_q + head * item.group + vector % item.group) * D : 0;
-        float x[D / 32], most = 0;
+        limit = 0xffffffffu;
+        if (exists) limit = call.visible[item.visible_first + row];
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) x[i] = exists ? query_element(item.query, item.dtype, first + lane + 32 * i) : 0;
+    }
+
+    /* Lays it out in shared memory as vector v of the block: as [channel][4 vectors] f16,
+     * scaled by a power of two so that the largest lies in [32, 64); and as B operands of two
+     * 16-bit digits, f16 and, where raw pages are bf16, bf16. */
+    template <int NQ>
+    KV_DEVICE void store(const attend_call &call, const attend_item &item, const attend_layout &at, char *shared, int v, int lane) const {
+        float most = 0;
 #pragma unroll
         for (int i = 0; i < D / 32; i++) {
-            x[i] = exists ? query_element(item.query, item.dtype, first + lane + 32 * i) : 0;
             most = fmaxf(most, fabsf(x[i]));
             if (!(fabsf(x[i]) < INFINITY)) most = INFINITY;
         }
@@ -992,13 +1001,11 @@ KV_DEVICE void load_query(const attend_call &call, const attend_item &item, uint
             }
         }
         if (lane == 0) {
-            float *unscale = (float *)(shared + at.vectors);
-            uint32_t *limit = (uint32_t *)(shared + at.vectors) + 4 * NQ;
-            unscale[v] = !exists ? 0 : finite ? item.score_scale * power_of_two(-exponent) : NAN;
-            limit[v] = exists ? call.visible[item.visible_first + row] : 0xffffffffu;
+            ((float *)(shared + at.vectors))[v] = !exists ? 0 : finite ? item.score_scale * power_of_two(-exponent) : NAN;
+            ((uint32_t *)(shared + at.vectors) + 4 * NQ)[v] = limit;
         }
     }
-}
+};
 
 /* R of page.h on one vector in shared memory, by one warp. */
 template <int D> KV_DEVICE void rotate(float *y, int lane) {
@@ -1039,6 +1046,10 @@ KV_DEVICE closing close_vector(const attend_item &item, size_t at, float largest
     return out;
 }
 
+KV_DEVICE void add_times(float4 &sum, float4 x, float f) {
+    sum.x = fmaf(x.x, f, sum.x), sum.y = fmaf(x.y, f, sum.y), sum.z = fmaf(x.z, f, sum.z), sum.w = fmaf(x.w, f, sum.w);
+}
+
 /* bench.cu's way of seeing where a launch's time goes. */
 #ifdef KV_ATTEND_TRACE
 enum { TRACE_BLOCKS = 1024, TRACE_POINTS = 12 };
@@ -1069,13 +1080,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __grid_constant_
     const attend_layout at = attend_layout_of(D, MINMAX, call.group_log, NQ, warps, call.stages, call.stage_bytes);
 
     uint32_t which = 0;
-    {
-        uint32_t low = lane < call.item_count ? call.items[lane].block_first : ~0u;
-        uint32_t high = lane + 32 < call.item_count ? call.items[lane + 32].block_first : ~0u;
-        which = __popc(__ballot_sync(ALL, low <= blockIdx.x)) + __popc(__ballot_sync(ALL, high <= blockIdx.x)) - 1;
-    }
-    const attend_item item = call.items[which];
-    if (item.splits != 0) trace(2);
+    for (uint32_t step = KV_ITEMS_MAX / 2; step > 0; step /= 2)
+        if (which + step < call.item_count && call.block_first[which + step] <= blockIdx.x) which += step;
+    const attend_item &item = call.items[which];
     uint32_t rest = blockIdx.x - item.block_first;
     const uint32_t part = rest;
     const uint32_t split = rest % item.splits;
@@ -1096,18 +1103,26 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __grid_constant_
     feed.ring = shared_address(shared) + at.ring + warp * call.stages * call.stage_bytes;
     feed.issued = feed.slot = 0;
     uint4 unit = {0, 0, 0, 0};
+    if (lane == 0) {
+        for (uint32_t i = 0; i < call.stages; i++) barrier_init(feed.bars + i * 8);
+        barrier_init_done();
+        fence_bulk();
+    }
+    launch_next(), wait_previous();
+    trace(2);
+    /* The query is asked for before the copies are: behind them it would wait for them all. */
+    query_vector<D> vector;
+    if (warp < VECTORS) vector.load(call, item, head, block * VECTORS + warp, lane);
+    if (feed.count > 0) unit = feed.next = feed.unit(0);
+    __syncthreads();
     if (feed.count > 0) {
-        unit = feed.next = feed.unit(0);
-        if (lane == 0) {
-            for (uint32_t i = 0; i < call.stages; i++) barrier_init(feed.bars + i * 8);
-            barrier_init_done();
-        }
-        __syncwarp();
         for (uint32_t i = 0; i < call.stages; i++) feed.issue();
     }
     trace(3);
-
-    load_query<D, NQ>(call, item, head, block, at, shared, warp, warps, lane);
+    for (int v = warp; v < VECTORS; v += warps) {
+        if (v != warp) vector.load(call, item, head, block * VECTORS + v, lane);
+        vector.template store<NQ>(call, item, at, shared, v, lane);
+    }
     __syncthreads();
     trace(4);
     work.query = shared_address(shared) + at.query;
@@ -1157,13 +1172,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __grid_constant_
     copy_wait<0>();
 #endif
 
-    /* The warps of the block, one result. */
+    /* The warps of the block, one result: [warp][vector][channel] in the ring's place, how much
+     * each row counts, and the sums of rows over warps in the end. */
     trace(6);
     __syncthreads();
     trace(7);
-    constexpr int ROW = D + 4;
-    float *largest = (float *)(shared + at.ring), *sums = largest + warps * VECTORS;
-    float *outs = sums + warps * VECTORS, *outs_plain = outs + warps * VECTORS * ROW;
+    constexpr int ROW = D + 4, FOURS = D / 4;
+    float *outs = (float *)(shared + at.ring), *outs_plain = outs + warps * VECTORS * ROW;
+    float *largest = outs + (ROTATED ? 2 : 1) * warps * VECTORS * ROW, *sums = largest + warps * VECTORS;
     const int g = lane >> 2, t = lane & 3;
 #pragma unroll
     for (int q = 0; q < NQ; q++) {
@@ -1179,97 +1195,130 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __grid_constant_
     }
     __syncthreads();
 
-    /* Into the rows of warp 0, one vector a warp at a time. */
-    for (int v = warp; v < VECTORS; v += warps) {
-        float most = -INFINITY, total = 0;
-        for (int w = 0; w < warps; w++) most = fmaxf(most, largest[w * VECTORS + v]);
-        const float base = most == -INFINITY ? 0 : most;
-        for (int w = 0; w < warps; w++) total += exp2_fast(largest[w * VECTORS + v] - base) * sums[w * VECTORS + v];
-        for (int c = lane; c < D; c += 32) {
-            float x = 0, y = 0;
-            for (int w = 0; w < warps; w++) {
-                const float f = exp2_fast(largest[w * VECTORS + v] - base);
-                x += f * outs[(w * VECTORS + v) * ROW + c];
-                if (ROTATED) y += f * outs_plain[(w * VECTORS + v) * ROW + c];
-            }
-            outs[v * ROW + c] = x;
-            if (ROTATED) outs_plain[v * ROW + c] = y;
-        }
-        __syncwarp();
-        if (ROTATED) {
-            rotate<D>(outs + v * ROW, lane);
-            for (int c = lane; c < D; c += 32) outs[v * ROW + c] += outs_plain[v * ROW + c];
-        }
-        __syncwarp();
-        if (lane == 0) outs[v * ROW + D] = most, outs[v * ROW + D + 1] = total;
-    }
-    __syncthreads();
-
-    trace(8);
     const uint32_t vectors = min((uint32_t)VECTORS, item.vectors - block * VECTORS);
+    const bool alone = item.splits == 1;
+    float *parts = call.parts + (size_t)(item.part_first + part - split) * VECTORS * ROW;
+    float *mine = parts + (size_t)split * VECTORS * ROW;
     auto row_of = [&](uint32_t v) {
         const uint32_t vector = block * VECTORS + v;
         return (size_t)(vector / item.group) * item.heads_q + head * item.group + vector % item.group;
     };
-    if (item.splits > 1) {
-        float *parts = call.parts + (size_t)(item.part_first + part - split) * VECTORS * (D + 2);
-        float *mine = parts + (size_t)split * VECTORS * (D + 2);
-        for (uint32_t i = threadIdx.x; i < vectors * (D + 2); i += threads) {
-            const uint32_t v = i / (D + 2), c = i % (D + 2);
-            __stcg(mine + i, outs[v * ROW + c]);
+    for (int i = threadIdx.x; i < VECTORS * FOURS; i += threads) {
+        const uint32_t v = i / FOURS, c = i % FOURS * 4;
+        float most = -INFINITY, total = 0;
+        for (int w = 0; w < warps; w++) most = fmaxf(most, largest[w * VECTORS + v]);
+        const float base = most == -INFINITY ? 0 : most;
+        float4 x = {0, 0, 0, 0}, y = {0, 0, 0, 0};
+#pragma unroll 4
+        for (int w = 0; w < warps; w++) {
+            const float f = exp2_fast(largest[w * VECTORS + v] - base);
+            total += f * sums[w * VECTORS + v];
+            add_times(x, *(const float4 *)&outs[(w * VECTORS + v) * ROW + c], f);
+            if (ROTATED) add_times(y, *(const float4 *)&outs_plain[(w * VECTORS + v) * ROW + c], f);
         }
-        __threadfence();
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            unsigned *counter = call.counters + item.counter_first + sequence;
-            last = atomicAdd(counter, 1) == item.splits - 1;
-            if (last) *counter = 0;
+        /* Only this thread has read these four channels. */
+        if (ROTATED || alone) *(float4 *)&outs[v * ROW + c] = x;
+        if (ROTATED) *(float4 *)&outs_plain[v * ROW + c] = y;
+        if (!alone && v < vectors) {
+            if (!ROTATED) __stcg((float4 *)(mine + v * ROW + c), x);
+            if (c == 0) __stcg((float2 *)(mine + v * ROW + D), make_float2(most, total));
         }
+        if (alone && c == 0 && v < vectors) closings[v] = close_vector(item, row_of(v), most, total);
+    }
+    if (ROTATED) {
         __syncthreads();
-        trace(9);
-        if (!last) return;
-        __threadfence();
-        for (uint32_t i = threadIdx.x; i < VECTORS * item.splits; i += threads) {
-            /* [vector][split] largest, then its factor */
-            const uint32_t v = i / item.splits, s = i % item.splits;
-            largest[i] = v < vectors ? __ldcg(parts + ((size_t)s * VECTORS + v) * (D + 2) + D) : -INFINITY;
-        }
-        float *factor = largest;
-        __syncthreads();
-        for (uint32_t v = warp; v < vectors; v += warps) {
-            float most = -INFINITY, total = 0;
-            for (uint32_t s = lane; s < item.splits; s += 32) most = fmaxf(most, factor[v * item.splits + s]);
-            for (int o = 16; o > 0; o /= 2) most = fmaxf(most, __shfl_xor_sync(ALL, most, o));
-            const float base = most == -INFINITY ? 0 : most;
-            for (uint32_t s = lane; s < item.splits; s += 32) {
-                const float f = exp2_fast(factor[v * item.splits + s] - base);
-                factor[v * item.splits + s] = f;
-                total += f * __ldcg(parts + ((size_t)s * VECTORS + v) * (D + 2) + D + 1);
+        for (int v = warp; v < VECTORS; v += warps) {
+            rotate<D>(outs + v * ROW, lane);
+            for (int c = lane; c < D; c += 32) {
+                const float x = outs[v * ROW + c] + outs_plain[v * ROW + c];
+                outs[v * ROW + c] = x;
+                if (!alone && v < vectors) __stcg(mine + v * ROW + c, x);
             }
-            for (int o = 16; o > 0; o /= 2) total += __shfl_xor_sync(ALL, total, o);
-            if (lane == 0) closings[v] = close_vector(item, row_of(v), most, total);
         }
-        __syncthreads();
-        for (uint32_t i = threadIdx.x; i < vectors * D; i += threads) {
-            const uint32_t v = i / D, c = i % D;
-            float x = 0;
-#pragma unroll 8
-            for (uint32_t s = 0; s < item.splits; s++)
-                x += factor[v * item.splits + s] * __ldcg(parts + ((size_t)s * VECTORS + v) * (D + 2) + c);
-            float *out = item.out + row_of(v) * D + c;
-            *out = closings[v].x * x + (item.merge ? closings[v].y * *out : 0);
-        }
-        trace(10);
-    } else {
-        for (uint32_t v = threadIdx.x; v < vectors; v += threads)
-            closings[v] = close_vector(item, row_of(v), outs[v * ROW + D], outs[v * ROW + D + 1]);
-        __syncthreads();
+    }
+    __syncthreads();
+    trace(8);
+    if (alone) {
         for (uint32_t i = threadIdx.x; i < vectors * D; i += threads) {
             const uint32_t v = i / D, c = i % D;
             float *out = item.out + row_of(v) * D + c;
             *out = closings[v].x * outs[v * ROW + c] + (item.merge ? closings[v].y * *out : 0);
         }
+        return;
     }
+
+    /* The last block of a sequence to come makes one result of all their parts.  Its loads are
+     * under way together: one visit to memory, not one for each step. */
+    if (threadIdx.x == 0) {
+        unsigned *counter = call.counters + item.counter_first + sequence;
+        last = add_acquire_release(counter, 1) == item.splits - 1;
+        if (last) *counter = 0;
+    }
+    __syncthreads();
+    trace(9);
+    if (!last) return;
+    constexpr int COLUMNS = VECTORS * FOURS, AHEAD = 8;
+    const int teams = threads / COLUMNS > 0 ? threads / COLUMNS : 1, team = threadIdx.x / COLUMNS;
+    const int splits = (int)item.splits;
+    float *factor = (float *)(shared + at.query); /* [vector][split]; what lies there is done with */
+    float4 *rows = (float4 *)(factor + VECTORS * splits); /* [team][column] */
+    auto column_of = [&](int s, int column) {
+        return (const float4 *)(parts + ((size_t)s * VECTORS + column / FOURS) * ROW + column % FOURS * 4);
+    };
+    float4 ahead[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+        const int s = team + i * teams, column = threadIdx.x % COLUMNS;
+        ahead[i] = {0, 0, 0, 0};
+        if (team < teams && s < splits && column / FOURS < (int)vectors) ahead[i] = __ldcg(column_of(s, column));
+    }
+    for (int v = warp; v < (int)vectors; v += warps) {
+        float most = -INFINITY, total = 0;
+        for (int s = lane; s < splits; s += 32) most = fmaxf(most, __ldcg(parts + ((size_t)s * VECTORS + v) * ROW + D));
+        for (int o = 16; o > 0; o /= 2) most = fmaxf(most, __shfl_xor_sync(ALL, most, o));
+        const float base = most == -INFINITY ? 0 : most;
+        for (int s = lane; s < splits; s += 32) {
+            const float2 one = __ldcg((const float2 *)(parts + ((size_t)s * VECTORS + v) * ROW + D));
+            const float f = exp2_fast(one.x - base);
+            factor[v * splits + s] = f;
+            total += f * one.y;
+        }
+        for (int o = 16; o > 0; o /= 2) total += __shfl_xor_sync(ALL, total, o);
+        if (lane == 0) closings[v] = close_vector(item, row_of(v), most, total);
+    }
+    __syncthreads();
+    if (teams == 1 && team > 0) return;
+    for (int column = threadIdx.x % COLUMNS; column < COLUMNS; column += teams > 1 ? COLUMNS : threads) {
+        const int v = column / FOURS;
+        float4 x = {0, 0, 0, 0};
+        if (team < teams && v < (int)vectors) {
+            const bool first = column == (int)threadIdx.x % COLUMNS;
+#pragma unroll
+            for (int i = 0; i < AHEAD; i++) {
+                const int s = team + i * teams;
+                if (s < splits) add_times(x, first ? ahead[i] : __ldcg(column_of(s, column)), factor[v * splits + s]);
+            }
+#pragma unroll 8
+            for (int s = team + AHEAD * teams; s < splits; s += teams)
+                add_times(x, __ldcg(column_of(s, column)), factor[v * splits + s]);
+        }
+        if (teams > 1) {
+            if (team < teams) rows[team * COLUMNS + column] = x;
+            __syncthreads();
+            if (team > 0) return;
+            for (int other = 1; other < teams; other++) add_times(x, rows[other * COLUMNS + column], 1.0f);
+        }
+        if (v >= (int)vectors) continue;
+        float *out = item.out + row_of(v) * D + column % FOURS * 4;
+        float4 result = {0, 0, 0, 0};
+        add_times(result, x, closings[v].x);
+        if (item.merge) add_times(result, make_float4(out[0], out[1], out[2], out[3]), closings[v].y);
+        if (((uintptr_t)out & 15) == 0)
+            *(float4 *)out = result;
+        else
+            out[0] = result.x, out[1] = result.y, out[2] = result.z, out[3] = result.w;
+    }
+    trace(10);
 }
 
 } // namespace

@@ -12,7 +12,7 @@
 
 #include <cuda_runtime.h>
 
-enum { ATTEND_SLICE = 16 /* tokens of a raw unit */, ATTEND_WARPS_MAX = 16 };
+enum { ATTEND_SLICE = 16 /* tokens of a raw unit */, ATTEND_WARPS_MAX = 16, ATTEND_SPLITS_MAX = 512 };
 
 struct attend_unit {
     const char *page;
@@ -43,10 +43,12 @@ struct attend_item {
 };
 
 struct attend_call {
-    const struct attend_item *items;
+    /* In the kernel's arguments: a read of memory less before the first copy starts. */
+    struct attend_item items[KV_ITEMS_MAX];
+    uint32_t block_first[KV_ITEMS_MAX]; /* of the items, to be searched */
     const struct attend_unit *units;
     const uint32_t *visible;
-    float *parts;      /* [part][vector][head_dim + 2]: output, largest, sum */
+    float *parts;      /* [part][vector][head_dim + 4]: output, largest, sum, nothing */
     unsigned *counters; /* zero between calls */
     uint32_t item_count;
     uint32_t heads;
@@ -103,7 +105,9 @@ __host__ __device__
     l.ring = (l.scratch + warps * l.scratch_bytes + 127) & ~127u;
     l.bytes = l.ring + warps * stages * stage_bytes;
     uint32_t merge = l.ring + warps * 4 * quads * (D + 4) * 4 * 2 + 1024; /* the epilogue's use */
+    uint32_t combine = l.query + 4 * quads * ATTEND_SPLITS_MAX * 4 + warps * 512;
     if (l.bytes < merge) l.bytes = merge;
+    if (l.bytes < combine) l.bytes = combine;
     return l;
 }
 

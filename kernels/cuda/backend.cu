@@ -75,9 +75,11 @@ static enum kv_status device_open(const struct kv_device_options *options, struc
     device->ordinal = ordinal;
     device->processors = (uint32_t)processors;
     device->shared_max = (uint32_t)shared_max;
+    device->overlaps = major >= 9;
     pthread_mutex_init(&device->lock, NULL);
     status = cuda_attend_open(device);
-    if (status == KV_OK) status = cuda_quantize_open(device);
+    if (status == KV_OK) status = cuda_quantize_open();
+    if (status == KV_OK) status = cuda_dequantize_open();
     if (status != KV_OK) {
         free(device);
         return status;

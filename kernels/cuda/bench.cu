@@ -271,7 +271,7 @@ static double attend_us(const struct problem *p, struct arena *arena, const stru
     struct prepared prepared;
     prepare(&prepared, p, arena, sets, kernel, slots, stages);
     *seen = prepared.launches[0];
-    const double us = time_graph(launches_for(sets, bytes / 2.5e6), [&](int i) { CHECK(attend_start(&prepared.launches[(size_t)(i % sets)], queue())); });
+    const double us = time_graph(launches_for(sets, bytes / 2.5e6), [&](int i) { CHECK(attend_start(&prepared.launches[(size_t)(i % sets)], device->overlaps, queue())); });
     prepared_free(&prepared);
     return us;
 }
@@ -336,7 +336,7 @@ static void bench_trace(const struct problem *p, const struct attend_kernel *ker
     static long long times[TRACE_BLOCKS][TRACE_POINTS];
     memset(times, 0, sizeof times);
     CHECK(cudaMemcpyToSymbol(trace_times, times, sizeof times));
-    for (struct attend_launch &launch : prepared.launches) CHECK(attend_start(&launch, queue()));
+    for (struct attend_launch &launch : prepared.launches) CHECK(attend_start(&launch, device->overlaps, queue()));
     CHECK(cudaStreamSynchronize(queue()));
     CHECK(cudaMemcpyFromSymbol(times, trace_times, sizeof times));
     const uint32_t grid = std::min<uint32_t>(prepared.launches[0].grid, TRACE_BLOCKS);

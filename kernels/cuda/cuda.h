@@ -23,7 +23,7 @@ enum {
     UPLOAD_SEGMENT_BYTES = KV_ATTEND_PAGES_MAX * 8 * 16 + (256 << 10),
     TICKETS = 2 * KV_STREAM_DEPTH, /* a notification takes one as well */
     BLOCKS_PER_SM_MAX = 8,
-    PART_FLOATS = 8 * (KV_HEAD_DIM_MAX + 2), /* of a block of eight query vectors */
+    PART_FLOATS = 8 * (KV_HEAD_DIM_MAX + 4), /* of a block of eight query vectors */
     COUNTERS = 1 << 16,
 };
 
@@ -33,6 +33,7 @@ struct cuda_device {
     int ordinal;
     uint32_t processors; /* multiprocessors */
     uint32_t shared_max; /* bytes of shared memory a block may have */
+    bool overlaps;       /* a kernel may be brought in while the one before it runs */
     std::atomic<bool> failed;
     std::atomic<int> failure; /* the first cudaError_t that was not cudaSuccess */
     pthread_mutex_t lock; /* of the list of allocations */
@@ -89,6 +90,7 @@ void cuda_upload_send(struct cuda_stream *stream, struct cuda_upload upload, siz
 void cuda_ingest(struct kv_stream *, const struct kv_shape *, uint32_t, const struct kv_ingest *);
 void cuda_emit(struct kv_stream *, const struct kv_shape *, uint32_t, const struct kv_emit *);
 void cuda_quantize(struct kv_stream *, const struct kv_shape *, uint32_t, const struct kv_quantize *);
+void cuda_quantize_minmax(struct cuda_stream *, const struct kv_shape *, uint32_t, const struct kv_quantize *);
 void cuda_dequantize(struct kv_stream *, const struct kv_shape *, uint32_t,
                      const struct kv_dequantize *);
 void cuda_observe(struct kv_stream *, const struct kv_shape *, uint32_t, const struct kv_observe *);
@@ -96,6 +98,36 @@ void cuda_attend(struct kv_stream *, const struct kv_shape *, uint32_t, const st
 
 /* Loads the attention kernels and lets them have their shared memory. */
 enum kv_status cuda_attend_open(struct cuda_device *device);
-enum kv_status cuda_quantize_open(struct cuda_device *device);
+enum kv_status cuda_quantize_open(void);
+enum kv_status cuda_dequantize_open(void);
+
+/* Lets a kernel have more than 48 KB of shared memory: all there is. */
+template <class... Parameters> bool cuda_allow_shared(void (*kernel)(Parameters...)) {
+    int ordinal, most;
+    cudaFuncAttributes own;
+    return cudaGetDevice(&ordinal) == cudaSuccess &&
+           cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, ordinal) == cudaSuccess &&
+           cudaFuncGetAttributes(&own, kernel) == cudaSuccess &&
+           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                most - (int)own.sharedSizeBytes) == cudaSuccess;
+}
+
+/* Launches a kernel that begins with launch_next() and wait_previous() (ptx.cuh), so that its
+ * start overlaps the end of what the stream does before it. */
+template <class... Parameters, class... Arguments>
+bool cuda_launch(struct cuda_device *device, cudaStream_t queue, void (*kernel)(Parameters...), dim3 grid,
+                 uint32_t threads, uint32_t shared_bytes, const Arguments &...arguments) {
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = threads;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = queue;
+    config.attrs = &overlap;
+    config.numAttrs = device->overlaps;
+    return cuda_ok(device, cudaLaunchKernelEx(&config, kernel, arguments...));
+}
 
 #endif

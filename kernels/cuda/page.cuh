@@ -22,6 +22,7 @@ struct page_shape {
     uint32_t mix_count;
     uint8_t mixes[KV_MIX_COUNT_MAX][KV_QUARTERS];
     uint32_t widths_used; /* bit w: some mix has width w */
+    uint8_t quarter_widths[KV_QUARTERS]; /* the same of each quarter */
     uint32_t key_bits, value_bits, group, rotated;
 };
 
@@ -34,7 +35,10 @@ inline page_shape page_shape_of(const struct kv_shape *shape) {
     out.mix_count = codec->mix_count;
     memcpy(out.mixes, codec->mixes, sizeof out.mixes);
     for (uint32_t i = 0; i < codec->mix_count; i++)
-        for (uint32_t q = 0; q < KV_QUARTERS; q++) out.widths_used |= 1u << codec->mixes[i][q];
+        for (uint32_t q = 0; q < KV_QUARTERS; q++) {
+            out.widths_used |= 1u << codec->mixes[i][q];
+            out.quarter_widths[q] |= (uint8_t)(1u << codec->mixes[i][q]);
+        }
     out.key_bits = codec->key_bits;
     out.value_bits = codec->value_bits;
     out.group = codec->group;
@@ -121,6 +125,13 @@ template <int D> KV_DEVICE uint32_t value_byte(int w, int token, int channel, in
 
 /* ---- the Walsh-Hadamard transform of a token, across a warp -------------------------------- */
 
+template <int N> KV_DEVICE constexpr float rotation_norm() {
+    return N == 32    ? 0.17677669529663687f
+           : N == 64  ? 0.125f
+           : N == 128 ? 0.08838834764831845f
+                      : 0.0625f;
+}
+
 /* y[e] is channel lane + 32 e. */
 template <int D> KV_DEVICE void rotate_token(float (&y)[D / 32], int lane) {
     constexpr int N = D & -D;
@@ -139,12 +150,8 @@ template <int D> KV_DEVICE void rotate_token(float (&y)[D / 32], int lane) {
                 const float a = y[e], b = y[e + stride];
                 y[e] = __fadd_rn(a, b), y[e + stride] = __fsub_rn(a, b);
             }
-    constexpr float norm = N == 32    ? 0.17677669529663687f
-                           : N == 64  ? 0.125f
-                           : N == 128 ? 0.08838834764831845f
-                                      : 0.0625f;
 #pragma unroll
-    for (int e = 0; e < D / 32; e++) y[e] = __fmul_rn(y[e], norm);
+    for (int e = 0; e < D / 32; e++) y[e] = __fmul_rn(y[e], rotation_norm<N>());
 }
 
 } // namespace

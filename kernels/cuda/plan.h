@@ -24,7 +24,7 @@ struct attend_launch {
     size_t upload_bytes; /* that have to be copied from host to device first */
 };
 
-/* Writes items, units and limits of rows at `host`, for kernels that will find them at
+/* Writes units and limits of rows at `host`, for kernels that will find them at
  * `device`; both hold what upload_bytes can come to. */
 struct attend_launch attend_prepare(const struct attend_limits *limits, const struct kv_shape *shape,
                                     uint32_t count, const struct kv_attend *items, uint8_t *host,
@@ -35,6 +35,7 @@ struct attend_launch attend_prepare(const struct attend_limits *limits, const st
 uint32_t attend_plan(struct attend_item *items, uint32_t count, uint32_t heads, uint32_t slots,
                      uint32_t warps, size_t parts_max);
 
-cudaError_t attend_start(const struct attend_launch *launch, cudaStream_t queue);
+/* overlaps: the device can bring the kernel in while the stream's last one still runs. */
+cudaError_t attend_start(const struct attend_launch *launch, bool overlaps, cudaStream_t queue);
 
 #endif

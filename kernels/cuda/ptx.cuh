@@ -160,6 +160,39 @@ KV_DEVICE uint32_t min2(uint32_t a, uint32_t b) {
     asm("min.f16x2 %0,%1,%2;" : "=r"(r) : "r"(a), "r"(b));
     return r;
 }
+KV_DEVICE uint32_t min2_bf16(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("min.bf16x2 %0,%1,%2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+KV_DEVICE uint32_t max2_bf16(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("max.bf16x2 %0,%1,%2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+/* max(0, a b + c), rounded once. */
+KV_DEVICE uint32_t fma2_relu(uint32_t a, uint32_t b, uint32_t c) {
+    uint32_t r;
+    asm("fma.rn.relu.f16x2 %0,%1,%2,%3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+    return r;
+}
+/* max(0, a - offset) of integers below 2048: their bits are f16 numbers too, 2^-24 apart. */
+KV_DEVICE uint32_t above_offset(uint32_t a, int offset) {
+    return offset == 0 ? a : fma2_relu(a, 0x3c003c00u, (0x8000u | (uint32_t)offset) * 0x10001u);
+}
+/* 1 where a > b, else 0, as f16. */
+KV_DEVICE uint32_t above2(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("set.gt.f16x2.f16x2 %0,%1,%2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
+/* Infinity becomes the largest finite value. */
+KV_DEVICE uint32_t saturate_f16(uint32_t a) {
+    return max2(min2(a, 0x7bff7bffu), 0xfbfffbffu);
+}
+KV_DEVICE uint32_t saturate_bf16(uint32_t a) {
+    return max2_bf16(min2_bf16(a, 0x7f7f7f7fu), 0xff7fff7fu);
+}
 KV_DEVICE uint32_t abs2(uint32_t a) {
     return a & 0x7fff7fffu;
 }
@@ -189,6 +222,30 @@ KV_DEVICE float exp2_fast(float x) {
     float r;
     asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(r) : "f"(x));
     return r;
+}
+
+/* Adds to a word of global memory, for the whole device: what the block wrote before it, up to
+ * its last barrier, is seen by who finds the sum. */
+KV_DEVICE unsigned add_acquire_release(unsigned *p, unsigned x) {
+    unsigned before;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0,[%1],%2;" : "=r"(before) : "l"(p), "r"(x) : "memory");
+    return before;
+}
+
+/* ---- launches that overlap -------------------------------------------------------------- */
+
+/* Lets the stream's next kernel be brought in while this one runs; it does nothing to memory
+ * before its own wait_previous(). */
+KV_DEVICE void launch_next() {
+#if KV_HAVE_BULK
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+/* Everything the stream did before this kernel is done and seen. */
+KV_DEVICE void wait_previous() {
+#if KV_HAVE_BULK
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 /* ---- copies into shared memory -------------------------------------------------------- */
