@@ -3,7 +3,7 @@
  *
  * device.c chooses a table once, when the device is opened; nothing asks for CPU flags or
  * a GPU afterwards.  Two stand behind it: kv_cpu_backend runs the CPU instruction-set
- * tables (cpu.h: scalar, avx2, avx512) on worker threads; kv_cuda_backend, in cuda/, runs
+ * tables (cpu.h: scalar, avx2, avx512, amx) on worker threads; kv_cuda_backend, in cuda/, runs
  * kernels on streams.
  * The functions have the meaning given in device.h and kernel.h and may assume that
  * kernel.c has checked their arguments.  Every entry is present; a backend that cannot do

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* cpu.h - what one CPU instruction set provides.  Private to kernels/.
  *
- * One table per file: cpu_scalar.c (the definition), cpu_avx2.c, cpu_avx512.c.  An entry
+ * One table per file: cpu_scalar.c (the definition), cpu_avx2.c, cpu_avx512.c, cpu_amx.c.  An entry
  * works on one KV head and knows nothing of threads, queues or whole pages: cpu_pool.c cuts
  * operations into such tasks, runs them on its workers and joins the parts.
  *
@@ -70,5 +70,6 @@ const struct kv_cpu_isa *kv_cpu_isa_find(const char *name);
 extern const struct kv_cpu_isa kv_cpu_scalar;
 extern const struct kv_cpu_isa kv_cpu_avx2;
 extern const struct kv_cpu_isa kv_cpu_avx512;
+extern const struct kv_cpu_isa kv_cpu_amx; /* AVX-512, attention on tiles */
 
 #endif

@@ -20,8 +20,9 @@
 #include "kernels/cpu_pool.h"
 
 enum {
-    /* Shortest chunk: below it, starting a task and joining its part would show. */
-    CHUNK_PAGES_MIN = 4,
+    /* Shortest chunk: below it, starting a task, waiting for its first page, which nobody asked for ahead, and
+     * joining its part would show. */
+    CHUNK_PAGES_MIN = 8,
     /* Most chunks of an item: enough to feed a large machine from one long context. */
     CHUNKS_MAX = 64,
 };

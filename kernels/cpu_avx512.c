@@ -16,7 +16,7 @@ static bool available(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
-           __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
+           __builtin_cpu_supports("gfni") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
 }
 
 const struct kv_cpu_isa kv_cpu_avx512 = {

@@ -8,6 +8,7 @@
 
 static const struct kv_cpu_isa *const tables[] = {
 #ifdef KV_CPU_X86
+    &kv_cpu_amx,
     &kv_cpu_avx512,
     &kv_cpu_avx2,
 #endif

@@ -89,27 +89,18 @@ static inline void __attribute__((unused)) lanes_rotate(float *y, uint32_t D, fl
 /* Sixteen e4m3 bytes, none of them negative.  Shifted to the place of a binary16's exponent
  * they are the value times 2^-8, subnormals included. */
 KV_INLINE vf v_load_e4m3(const uint8_t *from) {
-    uint16_t half[16];
-    v_store_u16(half, v_shl(v_load_u8(from), 7));
-    return v_mul(v_load_f16(half), v_set(256.0f));
+    return v_mul(v_from_f16(v_shl(v_load_u8(from), 7)), v_set(256.0f));
 }
 
-/* e^x for x <= 0, within 2 units in the last place; below -87 it is 0. */
-KV_INLINE vf v_exp(vf x) {
-    vf floor_x = v_max(x, v_set(-87.0f));
-    vi n       = v_round_i(v_mul(floor_x, v_set(0x1.715476p+0f)));
-    vf nf      = v_to_f(n);
-    vf r       = v_fma(nf, v_set(-0x1.62e400p-1f), floor_x); /* ln 2 in two parts */
-    r          = v_fma(nf, v_set(-0x1.7f7d1cp-20f), r);
-    vf p       = v_set(0x1.6850e4p-10f);
-    p          = v_fma(p, r, v_set(0x1.123bccp-7f));
-    p          = v_fma(p, r, v_set(0x1.555b98p-5f));
-    p          = v_fma(p, r, v_set(0x1.55548ep-3f));
-    p          = v_fma(p, r, v_set(0x1.fffff8p-2f));
-    p          = v_fma(p, r, v_set(1.0f));
-    p          = v_fma(p, r, v_set(1.0f));
-    vf scale   = v_from_bits(v_shl(v_add_i(n, v_set_i(127)), 23));
-    return v_select(v_lt(x, v_set(-87.0f)), v_zero(), v_mul(p, scale));
+/* 2^t for t <= 0, or hardly more, within 3 units in the last place; 0 below 2^-126 and of NaN. */
+KV_INLINE vf v_exp2(vf t) {
+    vf f = v_fraction(t);
+    vf p = v_fma(v_set(0x1.ec320ap-10f), f, v_set(0x1.26900ep-7f));
+    p    = v_fma(p, f, v_set(0x1.c95446p-5f));
+    p    = v_fma(p, f, v_set(0x1.ebd5a8p-3f));
+    p    = v_fma(p, f, v_set(0x1.62e4f6p-1f));
+    p    = v_fma(p, f, v_set(0x1.fffffep-1f));
+    return v_times_power(p, t);
 }
 
 #endif

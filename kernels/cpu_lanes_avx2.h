@@ -144,6 +144,23 @@ KV_INLINE int32_t v_sum_i(vi x) {
     return _mm_cvtsi128_si32(_mm_add_epi32(t, _mm_shuffle_epi32(t, 0xb1)));
 }
 
+/* Bytes hold 8 / width codes each: those at position j. */
+KV_INLINE vi v_codes(vi bytes, const uint32_t width, const uint32_t j) {
+    return v_and(v_shr(bytes, width * j), v_set_i(((1 << width) - 1) * 0x01010101));
+}
+
+/* 2^t in two steps: t less its floor; p times 2^floor(t), or 0 below 2^-126. */
+KV_INLINE vf v_floor_(vf t) {
+    return (vf){_mm256_floor_ps(t.a), _mm256_floor_ps(t.b)};
+}
+KV_INLINE vf v_fraction(vf t) {
+    return v_sub(t, v_floor_(t));
+}
+KV_INLINE vf v_times_power(vf p, vf t) {
+    vf scaled = v_from_bits(v_add_i(v_bits(p), v_shl(v_round_i(v_floor_(t)), 23)));
+    return v_select(v_le(v_set(-126.0f), t), scaled, v_zero());
+}
+
 /* 16-bit lanes, unsigned. */
 KV_I2(v_subs_u16, _mm256_subs_epu16)
 KV_I2(v_mulhi_u16, _mm256_mulhi_epu16)
@@ -195,6 +212,13 @@ KV_INLINE void v_store_f16(uint16_t *to, vf x) {
                      _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     _mm_storeu_si128((__m128i *)to + 1,
                      _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+/* Lanes that hold the bits of a binary16. */
+KV_INLINE vf v_from_f16(vi bits) {
+    __m256i half = v_narrow_(bits);
+    return (vf){_mm256_cvtph_ps(_mm256_castsi256_si128(half)),
+                _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
 }
 
 /* Rounded to binary16 and back. */
@@ -254,6 +278,12 @@ KV_INLINE void v_sum_four(const vf x[4], float *to) {
     _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
 }
 
+/* The greatest of each of four vectors. */
+KV_INLINE void v_greatest_four(const vf x[4], float *to) {
+    for (int i = 0; i < 4; i++)
+        to[i] = v_greatest(x[i]);
+}
+
 /* x[i] lane j becomes x[j] lane i. */
 KV_INLINE void v_turn_16(vf x[16]) {
     __m256 in[8], out[4][8];
@@ -276,8 +306,27 @@ KV_INLINE vf v_rows_to_tokens(vf x) {
                 _mm256_castpd_ps(_mm256_permute2f128_pd(even, odd, 0x31))};
 }
 
-/* Four vectors of i32 that fit 16 bits, each x = 256 hi + lo with lo signed: 64 bytes of hi and of lo, in order. */
-KV_INLINE void v_digits(const vi x[4], int8_t *hi, int8_t *lo) {
+/* The way back, and the token that lane m of a row stands for. */
+KV_INLINE vf v_tokens_to_rows(vf x) {
+    __m256d p = _mm256_castps_pd(x.a), q = _mm256_castps_pd(x.b);
+    __m256d low = _mm256_permute2f128_pd(p, q, 0x20), high = _mm256_permute2f128_pd(p, q, 0x31);
+    __m256d even = _mm256_unpacklo_pd(low, high), odd = _mm256_unpackhi_pd(low, high);
+    return (vf){_mm256_castpd_ps(even), _mm256_castpd_ps(odd)};
+}
+KV_INLINE vi v_lane_tokens(void) {
+    return v_lanes();
+}
+KV_INLINE vi v_row_tokens(void) {
+    return (vi){_mm256_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13),
+                _mm256_setr_epi32(2, 3, 6, 7, 10, 11, 14, 15)};
+}
+
+/* Four vectors of i32 that fit 16 bits, each x = 256 hi + lo with lo signed: 64 bytes of hi and of lo, lane
+ * after lane, or, where lanes are rows of a key tile, token after token. */
+KV_INLINE void v_digits(const vi given[4], const int rows, int8_t *hi, int8_t *lo) {
+    vi x[4];
+    for (int i = 0; i < 4; i++)
+        x[i] = rows ? v_bits(v_rows_to_tokens(v_from_bits(given[i]))) : given[i];
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     const __m256i low = _mm256_set1_epi16(0x00ff), half = _mm256_set1_epi16(128);
     for (int i = 0; i < 2; i++) {

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* cpu_lanes_avx512.h - the operations of cpu_lanes.h on AVX-512 F, BW, VL, DQ, VNNI, VBMI. */
+/* cpu_lanes_avx512.h - the operations of cpu_lanes.h on AVX-512 F, BW, VL, DQ, VNNI, VBMI and GFNI. */
 #ifndef KV_KERNELS_CPU_LANES_AVX512_H
 #define KV_KERNELS_CPU_LANES_AVX512_H
 
@@ -145,6 +145,23 @@ KV_INLINE int32_t v_sum_i(vi a) {
     return _mm512_reduce_add_epi32(a);
 }
 
+/* Bytes hold 8 / width codes each: those at position j.  One affine map of a byte's bits does the shift and
+ * the mask: byte 7 - i of the matrix says which bits make bit i. */
+KV_INLINE vi v_codes(vi bytes, const uint32_t width, const uint32_t j) {
+    uint64_t map = 0;
+    for (uint32_t i = 0; i < width; i++)
+        map |= (uint64_t)1 << (i + width * j) << (8 * (7 - i));
+    return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64((long long)map), 0);
+}
+
+/* 2^t in two steps: t less its floor; p times 2^floor(t), or 0 below 2^-126. */
+KV_INLINE vf v_fraction(vf t) {
+    return _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+}
+KV_INLINE vf v_times_power(vf p, vf t) {
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(t, _mm512_set1_ps(-126.0f), _CMP_GE_OQ), p, t);
+}
+
 /* 16-bit lanes, unsigned. */
 KV_INLINE vi v_subs_u16(vi a, vi b) {
     return _mm512_subs_epu16(a, b);
@@ -191,6 +208,11 @@ KV_INLINE void v_store_f16(uint16_t *to, vf a) {
                         _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+/* Lanes that hold the bits of a binary16. */
+KV_INLINE vf v_from_f16(vi bits) {
+    return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(bits));
+}
+
 /* Rounded to binary16 and back. */
 KV_INLINE vf v_round_f16(vf a) {
     return _mm512_cvtph_ps(_mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -223,6 +245,15 @@ KV_INLINE void v_sum_four(const vf x[4], float *to) {
     _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
 }
 
+/* The greatest of each of four vectors. */
+KV_INLINE void v_greatest_four(const vf x[4], float *to) {
+    vf a     = _mm512_max_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+    vf b     = _mm512_max_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+    vf s     = _mm512_max_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    __m256 t = _mm256_max_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
+    _mm_storeu_ps(to, _mm_max_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
+}
+
 /* x[i] lane j becomes x[j] lane i. */
 KV_INLINE void v_turn_16(vf x[16]) {
     const vi low  = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -248,16 +279,48 @@ KV_INLINE vf v_rows_to_tokens(vf a) {
         _mm512_setr_epi32(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15), a);
 }
 
-/* Four vectors of i32 that fit 16 bits, each x = 256 hi + lo with lo signed: 64 bytes of hi and of lo, in order. */
-KV_INLINE void v_digits(const vi x[4], int8_t *hi, int8_t *lo) {
-    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m512i low = _mm512_set1_epi16(0x00ff), half = _mm512_set1_epi16(128);
-    __m512i a = _mm512_packs_epi32(x[0], x[1]), b = _mm512_packs_epi32(x[2], x[3]);
-    __m512i l = _mm512_packus_epi16(_mm512_and_si512(a, low), _mm512_and_si512(b, low));
-    __m512i h = _mm512_packs_epi16(_mm512_srai_epi16(_mm512_add_epi16(a, half), 8),
-                                   _mm512_srai_epi16(_mm512_add_epi16(b, half), 8));
-    _mm512_storeu_si512(lo, _mm512_permutexvar_epi32(order, l));
-    _mm512_storeu_si512(hi, _mm512_permutexvar_epi32(order, h));
+/* The way back, and the token that lane m of a row stands for. */
+KV_INLINE vf v_tokens_to_rows(vf a) {
+    return _mm512_permutexvar_ps(
+        _mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15), a);
+}
+KV_INLINE vi v_lane_tokens(void) {
+    return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
+KV_INLINE vi v_row_tokens(void) {
+    return _mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+}
+
+/* Where packs_epi32(x, y) puts the low byte of lane j of x (k = 0) or y (k = 1); for j = 0 .. 15; the lane
+ * that a token has in a row. */
+#define KV_LOW_(k, j)  (2 * (8 * ((j) / 4) + 4 * (k) + (j) % 4))
+#define KV_LANE_(t)    (8 * ((t) >> 1 & 1) + 2 * ((t) >> 2) + ((t)&1))
+#define KV_SAME_(t)    (t)
+#define KV_ALL_(f, k, add)                                                                   \
+    KV_LOW_(k, f(0)) + add, KV_LOW_(k, f(1)) + add, KV_LOW_(k, f(2)) + add,                  \
+        KV_LOW_(k, f(3)) + add, KV_LOW_(k, f(4)) + add, KV_LOW_(k, f(5)) + add,              \
+        KV_LOW_(k, f(6)) + add, KV_LOW_(k, f(7)) + add, KV_LOW_(k, f(8)) + add,              \
+        KV_LOW_(k, f(9)) + add, KV_LOW_(k, f(10)) + add, KV_LOW_(k, f(11)) + add,            \
+        KV_LOW_(k, f(12)) + add, KV_LOW_(k, f(13)) + add, KV_LOW_(k, f(14)) + add,           \
+        KV_LOW_(k, f(15)) + add
+
+/* Four vectors of i32 that fit 16 bits, each x = 256 hi + lo with lo signed: 64 bytes of hi and of lo, lane
+ * after lane, or, where lanes are rows of a key tile, token after token. */
+KV_INLINE void v_digits(const vi x[4], const int rows, int8_t *hi, int8_t *lo) {
+    static const uint8_t lanes[64] = {KV_ALL_(KV_SAME_, 0, 0), KV_ALL_(KV_SAME_, 1, 0),
+                                      KV_ALL_(KV_SAME_, 0, 1), KV_ALL_(KV_SAME_, 1, 1)};
+    static const uint8_t tokens[64] = {KV_ALL_(KV_LANE_, 0, 0), KV_ALL_(KV_LANE_, 1, 0),
+                                       KV_ALL_(KV_LANE_, 0, 1), KV_ALL_(KV_LANE_, 1, 1)};
+    __m512i order = _mm512_loadu_si512(rows ? tokens : lanes);
+    /* With 128 added the upper byte is hi and the lower one lo + 128. */
+    __m512i half = _mm512_set1_epi16(128);
+    __m512i a = _mm512_add_epi16(_mm512_packs_epi32(x[0], x[1]), half);
+    __m512i b = _mm512_add_epi16(_mm512_packs_epi32(x[2], x[3]), half);
+    a         = _mm512_permutexvar_epi8(order, a);
+    b         = _mm512_permutexvar_epi8(order, b);
+    _mm512_storeu_si512(lo, _mm512_xor_si512(_mm512_shuffle_i64x2(a, b, 0x44),
+                                             _mm512_set1_epi8((char)0x80)));
+    _mm512_storeu_si512(hi, _mm512_shuffle_i64x2(a, b, 0xee));
 }
 
 /* to[i] = from[index[i]] for i < count, count a multiple of 64, all below 64 * tables, tables 1, 2 or 4. */
@@ -291,19 +354,24 @@ KV_INLINE void v_swap_bits(vi a, vi b, vi at, int step, vi *zero, vi *one) {
 /* A unit of codes (page.h) turned, so that out[k] holds word k of each M-value, lane m = g + 8 r; word k is
  * the four K-values 4 k .. 4 k + 3.  Bits in brackets, the highest first: what a vector's or a lane's number
  * is made of. */
-KV_INLINE void v_turn_unit(const uint8_t *unit, uint32_t k, vi out[8]) {
+KV_INLINE void v_turn_unit(const uint8_t *unit, const uint32_t k, vi out[8]) {
     vi x[8];
+#pragma GCC unroll 8
     for (uint32_t i = 0; i < k / 4; i++)
         x[i] = v_load_i(unit + 64 * i);
     if (k == 32) {
         /* vector (g2 g1 g0), lane (t1 t0 h r): three times the highest bit leaves and a g enters below. */
         const vi at = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
         vi a[8], b[8];
+#pragma GCC unroll 4
         for (int g = 0; g < 4; g++)
             v_swap_bits(x[g], x[g + 4], at, 8, &a[g], &a[4 + g]);
+#pragma GCC unroll 2
         for (int t = 0; t < 8; t += 4)
+#pragma GCC unroll 2
             for (int g = 0; g < 2; g++)
                 v_swap_bits(a[t + g], a[t + g + 2], at, 8, &b[t + g], &b[t + g + 2]);
+#pragma GCC unroll 4
         for (int t = 0; t < 4; t++)
             v_swap_bits(b[2 * t], b[2 * t + 1], at, 8, &out[t], &out[4 + t]);
     } else if (k == 16) {

@@ -122,7 +122,7 @@ static void dequantize_values(const struct kv_shape *shape, const struct kv_page
     } else {
         load_value_terms(map, record, D, work);
     }
-    panel_values(shape, map, record, 0, work->panel);
+    panel_values(shape, map, record, &(struct ahead){0}, work->panel);
     float norm = (float)(1.0 / sqrt((double)(D & (0 - D))));
 
     for (uint32_t t = 0; t < T; t++) {

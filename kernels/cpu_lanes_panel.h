@@ -11,7 +11,7 @@
  * their lane, and nothing is added across lanes at the end.  It is also the layout of a
  * tile of the AMX unit.
  *
- * Making it costs three shuffles for 8 / width vectors, a shift, a mask and a store each:
+ * Making it costs three shuffles for 8 / width vectors, one operation and a store each:
  * once per page, for however many query vectors.
  */
 #ifndef KV_KERNELS_CPU_LANES_PANEL_H
@@ -20,7 +20,11 @@
 #include "kernels/cpu.h"
 #include "kernels/cpu_lanes.h"
 
-enum { KV_PANEL_BYTES = 128 * KV_HEAD_DIM_MAX, KV_PANEL_ROW = 64 };
+enum {
+    KV_PANEL_BYTES = 128 * KV_HEAD_DIM_MAX,
+    KV_PANEL_ROW   = 64,
+    AHEAD_UNIT     = 5, /* lines asked for beside a unit */
+};
 
 /* Widths of the four quarters of a record's keys.  A mix that the codec has not got is read as the first:
  * damage is found by checksums, but must not become a read out of bounds. */
@@ -33,25 +37,44 @@ KV_INLINE void panel_widths(const struct kv_codec *codec, const uint8_t *record,
         width[q] = codec->kind == KV_CODEC_MINMAX ? codec->key_bits : codec->mixes[mix][q];
 }
 
-/* One unit: the tiles at positions 0 .. 8 / width - 1 go to row0 of the panels to[].  The same unit of the
- * next page, `ahead` bytes from this one, is asked for: it will be wanted when this page is done. */
-KV_INLINE void panel_unit(const uint8_t *unit, ptrdiff_t ahead, uint32_t k, uint32_t width,
+/* Memory that will be wanted soon, asked for a few lines at a time between other work: asked for all at
+ * once it would fill the core's few line buffers, and the work's own loads would wait behind it. */
+struct ahead {
+    const uint8_t *next, *end;
+};
+
+KV_INLINE void ahead_step(struct ahead *ahead, uint32_t lines) {
+    for (uint32_t i = 0; i < lines && ahead->next < ahead->end; i++, ahead->next += 64)
+        _mm_prefetch((const char *)ahead->next, _MM_HINT_T0);
+}
+
+/* One unit: the tiles at positions 0 .. 8 / width - 1 go to row0 of the panels to[]. */
+KV_INLINE void panel_unit(const uint8_t *unit, struct ahead *ahead, const uint32_t k, const uint32_t width,
                           uint8_t *const to[8]) {
     vi turned[8];
-    for (uint32_t line = 0; line < k / 4; line++)
-        _mm_prefetch((const char *)unit + ahead + 64 * line, _MM_HINT_T0);
+    ahead_step(ahead, AHEAD_UNIT);
     v_turn_unit(unit, k, turned);
-    vi mask = v_set_i((width == 4 ? 0x0f : width == 2 ? 0x03 : 0x01) * 0x01010101);
+#pragma GCC unroll 8
     for (uint32_t j = 0; j < 8 / width; j++)
 #pragma GCC unroll 8
         for (uint32_t row = 0; row < k / 4; row++)
-            v_store_i(to[j] + row * KV_PANEL_ROW, v_and(v_shr(turned[row], width * j), mask));
+            v_store_i(to[j] + row * KV_PANEL_ROW, v_codes(turned[row], width, j));
+}
+
+KV_INLINE void panel_unit_any(const uint8_t *unit, struct ahead *ahead, uint32_t k, uint32_t width,
+                              uint8_t *const to[8]) {
+    if (width == 2)
+        panel_unit(unit, ahead, k, 2, to);
+    else if (width == 4)
+        panel_unit(unit, ahead, k, 4, to);
+    else
+        panel_unit(unit, ahead, k, 1, to);
 }
 
 /* K of one record: eight tiles of `rows` rows, the quarters of width 0 left out (they are the last ones).
  * Returns rows = slots with codes / 4. */
 static inline uint32_t panel_keys(const struct kv_shape *shape, const struct kv_page_map *map,
-                                  const uint8_t *record, ptrdiff_t ahead, uint8_t *panel) {
+                                  const uint8_t *record, struct ahead *ahead, uint8_t *panel) {
     uint8_t width[KV_QUARTERS];
     panel_widths(&shape->codec, record, width);
     uint32_t quarter = shape->head_dim / 4, active = 0;
@@ -69,18 +92,12 @@ static inline uint32_t panel_keys(const struct kv_shape *shape, const struct kv_
                 for (uint32_t j = 0; j < positions; j++)
                     to[j] = panel +
                             ((u * positions + j) * rows + (q * quarter + slot) / 4) * KV_PANEL_ROW;
-                if (k == 32) {
-                    if (w == 2)
-                        panel_unit(unit, ahead, 32, 2, to);
-                    else if (w == 4)
-                        panel_unit(unit, ahead, 32, 4, to);
-                    else
-                        panel_unit(unit, ahead, 32, 1, to);
-                } else if (k == 16) {
-                    panel_unit(unit, ahead, 16, w, to);
-                } else {
-                    panel_unit(unit, ahead, 8, w, to);
-                }
+                if (k == 32)
+                    panel_unit_any(unit, ahead, 32, w, to);
+                else if (k == 16)
+                    panel_unit_any(unit, ahead, 16, w, to);
+                else
+                    panel_unit_any(unit, ahead, 8, w, to);
                 unit += 16 * k;
             }
             slot += k;
@@ -91,7 +108,7 @@ static inline uint32_t panel_keys(const struct kv_shape *shape, const struct kv_
 
 /* V of one record: head_dim / 16 tiles of 32 rows. */
 static inline void panel_values(const struct kv_shape *shape, const struct kv_page_map *map,
-                                const uint8_t *record, ptrdiff_t ahead, uint8_t *panel) {
+                                const uint8_t *record, struct ahead *ahead, uint8_t *panel) {
     const uint8_t *unit = record + map->value_codes;
     uint32_t w = shape->codec.value_bits, positions = 8 / w, tiles = shape->head_dim / 16;
     for (uint32_t n = 0; n < 4 * tiles; n += positions, unit += 512) {
@@ -101,12 +118,7 @@ static inline void panel_values(const struct kv_shape *shape, const struct kv_pa
             to[j] = panel + (tile * 32 + block * 8) * KV_PANEL_ROW;
             if (++tile == tiles) tile = 0, block++;
         }
-        if (w == 2)
-            panel_unit(unit, ahead, 32, 2, to);
-        else if (w == 4)
-            panel_unit(unit, ahead, 32, 4, to);
-        else
-            panel_unit(unit, ahead, 32, 1, to);
+        panel_unit_any(unit, ahead, 32, w, to);
     }
 }
 

@@ -34,7 +34,7 @@ enum kv_memory {
 };
 
 struct kv_device_options {
-    /* "auto" (the fastest CPU backend this machine has), "scalar", "avx2", "avx512",
+    /* "auto" (the fastest CPU backend this machine has), "scalar", "avx2", "avx512", "amx",
      * "cuda" or "cuda:N". */
     const char *name;
     uint32_t workers; /* CPU backends: threads, 1 .. 256; 0: one per CPU this process may use */
@@ -51,7 +51,7 @@ bool kv_device_knows_cuda(void);
 /* Why kv_device_open() said KV_NOT_FOUND to that name, for people; static. */
 const char *kv_device_missing(const char *name);
 
-/* [any thread] The backend in use: "scalar", "avx2", "avx512", "cuda". */
+/* [any thread] The backend in use: "scalar", "avx2", "avx512", "amx", "cuda". */
 const char *kv_device_name(const struct kv_device *device);
 
 /* True when both kinds of memory are one: a CPU backend.  Copies between them are then

@@ -71,7 +71,7 @@ static const struct key keys[] = {
      "Milliseconds within which what is written also survives power loss. 0: only on demand."},
 
     {"What computes", "backend", KIND_TEXT, AT(backend), "auto", 0, 0, NULL,
-     "auto (the fastest this machine has without a GPU), scalar, avx2, avx512, cuda or cuda:N."},
+     "auto (the fastest this machine has without a GPU), scalar, avx2, avx512, amx, cuda or cuda:N."},
     {NULL, "workers", KIND_COUNT, AT(workers), "0", 0, 256, NULL,
      "Threads of a CPU backend. 0: one per CPU this process may use."},
 

@@ -189,7 +189,7 @@ static bool check_backend(const struct options *options, const char *name) {
 
 static bool check_all(const struct options *options) {
     if (options->backend != NULL) return check_backend(options, options->backend);
-    static const char *const names[] = {"scalar", "avx2", "avx512", "cuda"};
+    static const char *const names[] = {"scalar", "avx2", "avx512", "amx", "cuda"};
     bool good = true;
     for (size_t i = 0; i < sizeof names / sizeof names[0]; i++)
         good &= check_backend(options, names[i]);
@@ -197,7 +197,7 @@ static bool check_all(const struct options *options) {
 }
 
 static void usage(void) {
-    fprintf(stderr, "usage: kernel_check [--backend scalar|avx2|avx512|cuda[:N]] [--random N] "
+    fprintf(stderr, "usage: kernel_check [--backend scalar|avx2|avx512|amx|cuda[:N]] [--random N] "
                     "[--seed S [--case N]] [--every N] [--fixture FILE] "
                     "[--workers N]\n"
                     "       kernel_check --bench [--backend NAME] [--json FILE] [--workers N]\n");

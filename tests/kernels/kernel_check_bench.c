@@ -289,7 +289,7 @@ static void bench_backend(struct bench *bench, const char *backend, uint32_t wor
 }
 
 bool kernel_bench(const struct bench_options *options) {
-    static const char *const names[] = {"scalar", "avx2", "avx512", "cuda"};
+    static const char *const names[] = {"scalar", "avx2", "avx512", "amx", "cuda"};
     struct bench bench = {.first_row = true, .met = true};
     char machine[128];
     machine_name(machine, sizeof machine);
