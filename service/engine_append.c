@@ -5,7 +5,6 @@
  */
 #include "service/engine_private.h"
 
-#include <math.h>
 #include <stdio.h>
 
 /* True and the task ended: nobody waits for it, so nothing is to happen. */
@@ -26,13 +25,6 @@ static void append_fail(struct kv_engine *engine, struct task *task, enum kv_sta
                         const char *field, const char *message) {
     request_fail(task->request, status, field, "%s", message);
     task_finish(engine, task);
-}
-
-/* Finite and not negative, all of it. */
-static bool energy_valid(const float *energy, size_t count) {
-    for (size_t i = 0; i < count; i++)
-        if (!isfinite(energy[i]) || energy[i] < 0) return false;
-    return true;
 }
 
 /* What the message says of itself, against the session's layout. */
@@ -61,7 +53,7 @@ static bool append_check(struct kv_engine *engine, struct task *task, struct par
     } else if (part->energy &&
                !energy_valid(part->energy, layout->energy_count * part->layer_count)) {
         field = "query_energy";
-        message = "not all finite and at least 0";
+        message = "not all in 0 .. 1e30";
     }
     if (message) {
         append_fail(engine, task, KV_INVALID, field, message);

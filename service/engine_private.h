@@ -420,6 +420,9 @@ void stage_seal(struct kv_engine *engine, struct lane *lane, struct part *part);
 void stage_publish(struct kv_engine *engine, struct part *part);
 void stage_rollback(struct kv_engine *engine, struct part *part);
 
+/* Query energy from outside: every number is in 0 .. KV_ENERGY_MAX. */
+bool energy_valid(const float *energy, size_t count);
+
 void append_start(struct kv_engine *engine, struct task *task);
 void attend_start(struct kv_engine *engine, struct task *task);
 

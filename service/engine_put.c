@@ -14,10 +14,8 @@
  */
 #include "service/engine_private.h"
 
-#include <math.h>
 #include <stdlib.h>
 
-#include "service/page_check.h"
 
 struct put_block {
     enum { PUT_FREE, PUT_FILLING, PUT_FAILED, PUT_THERE } state;
@@ -379,17 +377,10 @@ static void put_begin(struct kv_engine *engine, struct task *task) {
 
 /* ---- What the message says -------------------------------------------------------------------------- */
 
-static bool energy_valid(const float *energy, size_t count) {
-    for (size_t i = 0; i < count; i++)
-        if (!isfinite(energy[i]) || energy[i] < 0) return false;
-    return true;
-}
-
 static bool put_check(struct kv_request *request, const struct layout_entry *layout) {
     const struct kv_put *put = &request->put;
     bool full = put->form == KV_FORM_FULL;
     size_t bytes = full ? 2 * KV_BLOCK_TOKENS * layout->row_bytes : layout->packed_bytes;
-    uint32_t head = 0;
     if (put->layer >= layout->info.layout.layers)
         request_fail(request, KV_INVALID, "layer", "%u is not below %u", put->layer,
                      layout->info.layout.layers);
@@ -403,11 +394,9 @@ static bool put_check(struct kv_request *request, const struct layout_entry *lay
     else if (put->has_energy && !energy_valid((const float *)(request->staging +
                                                               put->energy_offset),
                                               layout->energy_count))
-        request_fail(request, KV_INVALID, "query_energy", "not all finite and at least 0");
-    else if (!full) {
-        const char *wrong = page_check(&layout->shape, request->staging, &head);
-        if (wrong) request_fail(request, KV_INVALID, "data", "KV head %u: %s", head, wrong);
-    }
+        request_fail(request, KV_INVALID, "query_energy", "not all in 0 .. 1e30");
+    else if (!full && !kv_page_valid(&layout->shape, request->staging))
+        request_fail(request, KV_INVALID, "data", "not a page that this layout's codec could have made");
     return request->status == KV_OK;
 }
 

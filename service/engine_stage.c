@@ -23,6 +23,12 @@
 #include <math.h>
 #include <stdio.h>
 
+bool energy_valid(const float *energy, size_t count) {
+    for (size_t i = 0; i < count; i++)
+        if (!(energy[i] >= 0 && energy[i] <= KV_ENERGY_MAX)) return false; /* so is NaN */
+    return true;
+}
+
 enum kv_status stage_check(struct kv_engine *engine, const struct part *part,
                            uint64_t expected_length, const char **field, char message[160]) {
     const struct session *session = part->session;

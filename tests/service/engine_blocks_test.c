@@ -280,6 +280,10 @@ static void pages_that_are_refused(void **state) {
     PUT(KV_INVALID, "query_energy", request->put.has_energy = true;
         request->put.energy_offset = request->bytes_in;
         memset(request->staging + request->bytes_in, 0xff, ROW * 4));
+    PUT(KV_INVALID, "query_energy", request->put.has_energy = true;
+        request->put.energy_offset = request->bytes_in;
+        memset(request->staging + request->bytes_in, 0, ROW * 4);
+        ((float *)(request->staging + request->bytes_in))[ROW - 1] = 2 * KV_ENERGY_MAX);
     assert_int_equal(lab_stats(&s->lab).store.arena_bytes_used, arena);
     assert_false(put_page(s, 3, 1, 0));
     PUT(KV_INVALID, "raw", request->put.layer = 1; request->put.raw = true);

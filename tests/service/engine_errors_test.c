@@ -253,6 +253,9 @@ static void appends_that_are_refused(void **state) {
     REFUSE(KV_INVALID, "query_energy", request->append.has_energy = true;
            request->append.energy_offset = 16384;
            ((float *)(request->staging + 16384))[0] = NAN);
+    REFUSE(KV_INVALID, "query_energy", request->append.has_energy = true;
+           request->append.energy_offset = 16384;
+           ((float *)(request->staging + 16384))[7] = 2 * KV_ENERGY_MAX);
 
     /* The good one still works, and then layer 1 must bring the same ids. */
     request = append_request(s);
