@@ -156,7 +156,7 @@ struct kv_get { /* GET */
     enum kv_form form;               /* in; out: what the reply holds */
 };
 
-struct kv_open { /* OPEN */
+struct kv_open { /* OPEN.  KV_NOT_FOUND, field "fingerprint": no such layout is registered */
     char name[KV_NAME_MAX + 1];      /* in */
     struct kv_digest fingerprint;    /* in */
     struct kv_salt salt;             /* in */
@@ -185,7 +185,8 @@ struct kv_list { /* LIST */
     char prefix[KV_NAME_MAX + 1];    /* in */
     char after[KV_NAME_MAX + 1];     /* in */
     uint32_t limit;                  /* in: 0: as many as fit */
-    uint32_t count;                  /* out: struct kv_session_info [count] at reply */
+    uint32_t count;                  /* out: struct kv_session_info [count] at reply; blocks_*
+                                        are 0, counting them is DESCRIBE's */
     bool more;                       /* out */
 };
 
@@ -335,7 +336,8 @@ void kv_engine_release(struct kv_engine *engine, struct kv_request *request);
 void kv_engine_on_free(struct kv_engine *engine, void (*on_free)(void *context), void *context);
 
 /* [any thread] Gives the request to the engine.  Cannot fail: the inbox has room for every
- * request there is. */
+ * request there is.  After run has returned on_done comes at once, with KV_UNAVAILABLE, on the
+ * submitting thread. */
 void kv_engine_submit(struct kv_engine *engine, struct kv_request *request);
 
 /* Makes the calling thread the engine thread until kv_engine_stop(); then commits open

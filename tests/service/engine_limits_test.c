@@ -301,7 +301,8 @@ struct flood {
     struct kv_layout layout;
     uint64_t session;
     bool started;
-    uint32_t answered, unavailable, other;
+    _Atomic uint32_t answered;
+    uint32_t unavailable, other;
 };
 
 static void *flood_thread(void *argument) {
@@ -337,7 +338,9 @@ static void stopping_answers_everybody(void **state) {
         assert_int_equal(append(&lab, floods[i].session, &layout, 0, 0, 500), KV_OK);
     }
     for (int i = 0; i < 3; i++) pthread_create(&threads[i], NULL, flood_thread, &floods[i]);
-    usleep(50000);
+    /* Each of them is in the middle of it, however the scheduler treats them. */
+    for (int i = 0; i < 3; i++)
+        while (atomic_load(&floods[i].answered) < 2) usleep(1000);
     kv_engine_stop(lab.engine);
     assert_false(kv_engine_ready(lab.engine));
     for (int i = 0; i < 3; i++) {
