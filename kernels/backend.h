@@ -57,6 +57,7 @@ struct kv_device {
 };
 struct kv_stream {
     const struct kv_backend *backend;
+    bool in_place; /* kv_stream_in_place() */
 };
 
 extern const struct kv_backend kv_cpu_backend;

@@ -37,6 +37,7 @@ struct kv_cpu_attend {
 
 struct kv_cpu_isa {
     const char *name;
+    uint32_t lanes; /* binary32 numbers an instruction works on; 1: scalar */
     bool (*available)(void);
 
     /* keys, values: [128][head_dim] 16-bit elements of shape->dtype.  energy: [head_dim] or

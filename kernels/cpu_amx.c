@@ -30,6 +30,7 @@ static bool available(void) {
 
 const struct kv_cpu_isa kv_cpu_amx = {
     .name       = "amx",
+    .lanes      = 16,
     .available  = available,
     .quantize   = kv_avx512_quantize,
     .dequantize = kv_avx512_dequantize,

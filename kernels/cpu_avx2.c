@@ -19,6 +19,7 @@ static bool available(void) {
 
 const struct kv_cpu_isa kv_cpu_avx2 = {
     .name       = "avx2",
+    .lanes      = 8,
     .available  = available,
     .quantize   = kv_avx2_quantize,
     .dequantize = kv_avx2_dequantize,

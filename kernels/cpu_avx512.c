@@ -21,6 +21,7 @@ static bool available(void) {
 
 const struct kv_cpu_isa kv_cpu_avx512 = {
     .name       = "avx512",
+    .lanes      = 16,
     .available  = available,
     .quantize   = kv_avx512_quantize,
     .dequantize = kv_avx512_dequantize,

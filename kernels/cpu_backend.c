@@ -23,6 +23,10 @@
  * small model still feeds several workers. */
 enum { COPY_BYTES = 256 << 10, SLAB_ELEMENTS = 16 << 10 };
 
+/* For kv_cpu_estimate(): of a byte copied, an element brought in or out, an element of a query row, with 512
+ * bit vectors.  What quantizes or dequantizes a page is never short. */
+enum { COPY_PS = 100, CONVERT_PS = 500, OBSERVE_PS = 500 };
+
 /* ---- copy ------------------------------------------------------------------------- */
 
 struct copy_call {
@@ -44,6 +48,7 @@ static void copy(struct kv_stream *stream, void *target, const void *source, siz
                               .run = {copy_run},
                               .tasks = {(uint32_t)((bytes + COPY_BYTES - 1) / COPY_BYTES)},
                               .arguments = call,
+                              .nanoseconds = kv_cpu_estimate(stream, bytes, COPY_PS),
                               .notify_fd = -1,
                           });
 }
@@ -69,6 +74,7 @@ static void copy_rows(struct kv_stream *stream, struct kv_rows target, struct kv
                               .run = {copy_rows_run},
                               .tasks = {rows},
                               .arguments = call,
+                              .nanoseconds = kv_cpu_estimate(stream, rows * bytes, COPY_PS),
                               .notify_fd = -1,
                           });
 }
@@ -189,7 +195,9 @@ static void ingest(struct kv_stream *stream, const struct kv_shape *shape, uint3
     memcpy(call->items, items, count * sizeof *items);
     call->slabs.slab_tokens = slab_tokens(shape);
     call->slabs.first[0] = 0;
+    uint64_t elements = 0;
     for (uint32_t i = 0; i < count; i++) {
+        elements += 2ull * items[i].tokens * shape->heads * shape->head_dim;
         slabs_add(&call->slabs, i, items[i].tokens);
         atomic_init(&call->faults[i], 0);
     }
@@ -198,6 +206,7 @@ static void ingest(struct kv_stream *stream, const struct kv_shape *shape, uint3
                               .tasks = {call->slabs.first[count]},
                               .finish = ingest_finish,
                               .arguments = call,
+                              .nanoseconds = kv_cpu_estimate(stream, elements, CONVERT_PS),
                               .notify_fd = -1,
                           });
 }
@@ -241,11 +250,16 @@ static void emit(struct kv_stream *stream, const struct kv_shape *shape, uint32_
     memcpy(call->items, items, count * sizeof *items);
     call->slabs.slab_tokens = slab_tokens(shape);
     call->slabs.first[0] = 0;
-    for (uint32_t i = 0; i < count; i++) slabs_add(&call->slabs, i, items[i].tokens);
+    uint64_t elements = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        elements += 2ull * items[i].tokens * shape->heads * shape->head_dim;
+        slabs_add(&call->slabs, i, items[i].tokens);
+    }
     kv_cpu_submit(stream, &(struct kv_cpu_op){
                               .run = {emit_run},
                               .tasks = {call->slabs.first[count]},
                               .arguments = call,
+                              .nanoseconds = kv_cpu_estimate(stream, elements, CONVERT_PS),
                               .notify_fd = -1,
                           });
 }
@@ -301,6 +315,7 @@ static void quantize(struct kv_stream *stream, const struct kv_shape *shape, uin
                               .run = {quantize_run},
                               .tasks = {page_tasks(shape, count)},
                               .arguments = call,
+                              .nanoseconds = UINT64_MAX,
                               .notify_fd = -1,
                           });
 }
@@ -332,6 +347,7 @@ static void dequantize(struct kv_stream *stream, const struct kv_shape *shape, u
                               .run = {dequantize_run},
                               .tasks = {page_tasks(shape, count)},
                               .arguments = call,
+                              .nanoseconds = UINT64_MAX,
                               .notify_fd = -1,
                           });
 }
@@ -405,10 +421,14 @@ static void observe(struct kv_stream *stream, const struct kv_shape *shape, uint
     struct observe_call *call = kv_cpu_arguments(stream, sizeof *call);
     call->shape = *shape;
     memcpy(call->items, items, count * sizeof *items);
+    uint64_t elements = 0;
+    for (uint32_t i = 0; i < count; i++)
+        elements += (uint64_t)items[i].rows * items[i].heads_q * shape->head_dim;
     kv_cpu_submit(stream, &(struct kv_cpu_op){
                               .run = {observe_run},
                               .tasks = {count},
                               .arguments = call,
+                              .nanoseconds = kv_cpu_estimate(stream, elements, OBSERVE_PS),
                               .notify_fd = -1,
                           });
 }

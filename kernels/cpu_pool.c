@@ -84,6 +84,7 @@ struct thread {
 
 struct pool {
     struct kv_device base;
+    struct kv_cpu_worker caller; /* what runs in place has this */
     const struct kv_cpu_isa *isa;
     uint32_t thread_count;
     bool can_spin;
@@ -122,9 +123,9 @@ static void futex_wake(_Atomic uint32_t *word, uint32_t count) {
     syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, count, NULL, NULL, 0);
 }
 
-/* `tasks` have been published, of which the caller will serve `own`.  The sum on signal and the look at sleepers are both
- * sequentially consistent, as are a worker's announcement in sleepers and its futex's
- * comparison with signal: one of the two sees the other, so no wake-up is lost. */
+/* `tasks` have been published, of which the caller will serve `own`.  The sum on signal and the
+ * look at sleepers are both sequentially consistent, as are a worker's announcement in sleepers
+ * and its futex's comparison with signal: one of the two sees the other, so no wake-up is lost. */
 static void announce(struct pool *pool, uint32_t tasks, uint32_t own) {
     atomic_fetch_add_explicit(&pool->signal, 1, memory_order_seq_cst);
     uint32_t awake = atomic_load_explicit(&pool->spinners, memory_order_seq_cst);
@@ -296,6 +297,28 @@ void *kv_cpu_arguments(struct kv_stream *base, size_t bytes) {
     return memory;
 }
 
+uint64_t kv_cpu_estimate(const struct kv_stream *base, uint64_t count, uint32_t each) {
+    uint32_t lanes = ((const struct stream *)base)->pool->isa->lanes;
+    if (lanes == 1 || count > UINT32_MAX) return UINT64_MAX;
+    return count * each * 16 / lanes / 1000;
+}
+
+/* Pending is 0: the baton is ours for as long as we submit nothing, for nobody else can take it. */
+static bool fits_in_place(struct stream *stream, const struct kv_cpu_op *op) {
+    return stream->base.in_place && op->nanoseconds <= KV_IN_PLACE_NS &&
+           atomic_load_explicit(&stream->pending, memory_order_acquire) == 0;
+}
+
+static void run_in_place(struct stream *stream, struct kv_cpu_op *op) {
+    for (uint32_t phase = 0; phase < KV_CPU_PHASES; phase++)
+        for (uint32_t task = 0; task < op->tasks[phase]; task++)
+            op->run[phase](op, task, &stream->pool->caller);
+    /* Counted as pending, so that finishing it is what finishing any other is. */
+    atomic_fetch_add_explicit(&stream->pending, 1, memory_order_relaxed);
+    bool more = op_finish(stream, op);
+    KV_CHECK(!more);
+}
+
 void kv_cpu_submit(struct kv_stream *base, const struct kv_cpu_op *op) {
     struct stream *stream = (struct stream *)base;
     /* Acquire: the worker that reached an operation is through with its place. */
@@ -306,6 +329,10 @@ void kv_cpu_submit(struct kv_stream *base, const struct kv_cpu_op *op) {
     *place = *op;
     place->partial = stream->partial;
     stream->submitted++;
+    if (fits_in_place(stream, place)) {
+        run_in_place(stream, place);
+        return;
+    }
     /* Release: the operation, to the worker that finds it counted.  Acquire: the stream as
      * the last worker left it, if the baton is ours. */
     if (atomic_fetch_add_explicit(&stream->pending, 1, memory_order_acq_rel) == 0)
@@ -374,17 +401,22 @@ static uint32_t cpus_usable(void) {
     return count < KV_CPU_WORKERS_MAX ? count : KV_CPU_WORKERS_MAX;
 }
 
-static enum kv_status thread_start(struct pool *pool, struct thread *thread) {
+static bool worker_open(struct kv_cpu_worker *worker, const struct kv_cpu_isa *isa) {
     uint8_t *memory = kv_cpu_map(worker_bytes);
-    if (memory == NULL) return KV_BUSY;
+    if (memory == NULL) return false;
     size_t vectors_bytes = sizeof(float[KV_CPU_VECTORS][KV_HEAD_DIM_MAX]);
-    thread->worker = (struct kv_cpu_worker){
-        .isa = pool->isa,
+    *worker = (struct kv_cpu_worker){
+        .isa = isa,
         .scratch = memory,
         .query = (void *)(memory + KV_CPU_SCRATCH),
         .out = (void *)(memory + KV_CPU_SCRATCH + vectors_bytes),
         .lse = (void *)(memory + KV_CPU_SCRATCH + 2 * vectors_bytes),
     };
+    return true;
+}
+
+static enum kv_status thread_start(struct pool *pool, struct thread *thread) {
+    if (!worker_open(&thread->worker, pool->isa)) return KV_BUSY;
     thread->pool = pool;
     thread->may_spin = pool->can_spin;
 
@@ -398,7 +430,7 @@ static enum kv_status thread_start(struct pool *pool, struct thread *thread) {
         pool->thread_count++;
         return KV_OK;
     }
-    kv_cpu_unmap(memory, worker_bytes);
+    kv_cpu_unmap(thread->worker.scratch, worker_bytes);
     return KV_BUSY;
 }
 
@@ -406,6 +438,7 @@ enum kv_status kv_cpu_open(const struct kv_device_options *options, struct kv_de
     if (options->workers > KV_CPU_WORKERS_MAX) return KV_INVALID;
     const struct kv_cpu_isa *isa = kv_cpu_isa_find(options->name);
     if (isa == NULL || !isa->available()) return KV_NOT_FOUND;
+    KV_CHECK(isa->lanes > 0);
     struct pool *pool = kv_cpu_map(sizeof *pool);
     if (pool == NULL) return KV_BUSY;
 
@@ -413,6 +446,10 @@ enum kv_status kv_cpu_open(const struct kv_device_options *options, struct kv_de
     pool->base.name = isa->name;
     pool->isa = isa;
     pool->can_spin = cpus_usable() > 1;
+    if (!worker_open(&pool->caller, isa)) {
+        kv_cpu_unmap(pool, sizeof *pool);
+        return KV_BUSY;
+    }
     uint32_t workers = options->workers != 0 ? options->workers : cpus_usable();
     for (uint32_t i = 0; i < workers; i++) {
         enum kv_status status = thread_start(pool, &pool->threads[i]);
@@ -434,5 +471,6 @@ void kv_cpu_close(struct kv_device *device) {
         KV_CHECK(pthread_join(pool->threads[i].id, NULL) == 0);
         kv_cpu_unmap(pool->threads[i].worker.scratch, worker_bytes);
     }
+    kv_cpu_unmap(pool->caller.scratch, worker_bytes);
     kv_cpu_unmap(pool, sizeof *pool);
 }

@@ -11,7 +11,10 @@
  * An operation has up to two phases, the second one starting when every task of the first
  * is finished: attention over chunks of context, and then putting the chunks together.
  *
- * Memory.  A worker owns a struct kv_cpu_worker; a stream owns the arguments of its
+ * In place.  An operation that is short by its estimate runs inside kv_cpu_submit() where the stream's owner
+ * allowed that (device.h) and the stream is idle: no other thread ever sees it.
+ *
+ * Memory.  A worker owns a struct kv_cpu_worker, and the thread that submits has one too; a stream owns the arguments of its
  * operations and one area for partial results, lent to the active operation.  All of it is
  * reserved by open and touched when first used.
  */
@@ -54,9 +57,15 @@ struct kv_cpu_op {
     /* Once, after the last task and before the ticket is reached; may be NULL. */
     void (*finish)(const struct kv_cpu_op *op);
     void *arguments; /* from kv_cpu_arguments(), or NULL */
+    uint64_t nanoseconds; /* in all, on one thread, by estimate; UINT64_MAX: not for the calling thread */
     void *partial;   /* KV_CPU_PARTIAL_BYTES; set by kv_cpu_submit() */
     int notify_fd;   /* written when the ticket has been reached; -1: nobody asked */
 };
+
+/* How long `count` steps of `each` picoseconds at 16 numbers an instruction take the device's instruction
+ * set, in nanoseconds; UINT64_MAX where that is scalar.  Right within a factor of two: it only decides who
+ * runs the operation. */
+uint64_t kv_cpu_estimate(const struct kv_stream *stream, uint64_t count, uint32_t each);
 
 /* Memory for the arguments of the next submitted operation, 64-byte aligned, at most
  * KV_CPU_ARGUMENT_BYTES.  It is the operation's until it is reached. */

@@ -65,6 +65,7 @@ void kv_scalar_rotate(float *y, uint32_t head_dim) {
 
 const struct kv_cpu_isa kv_cpu_scalar = {
     .name = "scalar",
+    .lanes = 1,
     .available = available,
     .quantize = kv_scalar_quantize,
     .dequantize = kv_scalar_dequantize,

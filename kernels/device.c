@@ -94,6 +94,10 @@ void kv_stream_copy_rows(struct kv_stream *stream, struct kv_rows target,
     stream->backend->copy_rows(stream, target, source, bytes, rows);
 }
 
+void kv_stream_in_place(struct kv_stream *stream, bool open) {
+    stream->in_place = open;
+}
+
 uint64_t kv_stream_mark(struct kv_stream *stream) {
     return stream->backend->mark(stream);
 }

@@ -5,13 +5,13 @@
  * its callbacks, steps every task whose wait is over, and now and then looks for what is too late
  * or idle.  When a whole turn moved nothing it sleeps in kv_store_wait(), the only place.
  *
- * Before it sleeps it may spin for a moment: on a CPU backend a decode step takes tens of
- * microseconds, which is what a sleep and a wake-up through the kernel cost as well.
+ * It never spins: every CPU it would spin on has a worker, a lane or a client to run (NOTES.md has the
+ * numbers).  What a sleep and a wake-up would cost more than is done in place instead: see
+ * kv_stream_in_place().
  */
 #include "service/engine_private.h"
 #include "service/log.h"
 
-#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/random.h>
@@ -19,7 +19,6 @@
 enum {
     HOUSEKEEPING_US = 5000,   /* how late a cancelled or late request may be noticed */
     IDLE_WAIT_US = 200000,    /* between looks for idle sessions */
-    SPIN_US = 40,             /* a futex sleep and wake-up across two CPUs, twice */
     STAGING_EXTRA = 64 * 1024,
     GPU_ARENA_MIN = 2 << 20,
 };
@@ -124,11 +123,6 @@ static enum kv_status open_gpu(struct kv_engine *engine, char *why, size_t why_b
     return status;
 }
 
-static uint32_t cpus_allowed(void) {
-    cpu_set_t set;
-    return sched_getaffinity(0, sizeof set, &set) == 0 ? (uint32_t)CPU_COUNT(&set) : 1;
-}
-
 enum kv_status kv_engine_open(const struct kv_engine_options *options, struct kv_engine **out,
                               char *why, size_t why_bytes) {
     enum kv_status status = check_options(options, why, why_bytes);
@@ -141,7 +135,6 @@ enum kv_status kv_engine_open(const struct kv_engine_options *options, struct kv
     engine->options = *options;
     engine->staging_bytes = 3 * (size_t)options->message_bytes_max + STAGING_EXTRA;
     engine->is_host = kv_device_is_host(options->device);
-    engine->spin_us = engine->is_host && cpus_allowed() > 1 ? SPIN_US : 0;
     engine->tail.store = options->store;
     engine->tail.max = options->tail_bytes_max;
     engine->opened_us = engine->now_us = engine_clock_us();
@@ -283,22 +276,6 @@ static bool turn_once(struct kv_engine *engine) {
     return moved;
 }
 
-static void pause_briefly(void) {
-#if defined(__x86_64__)
-    for (int i = 0; i < 16; i++) __builtin_ia32_pause();
-#endif
-}
-
-static bool spin(struct kv_engine *engine) {
-    if (!engine->spin_us || !engine->running.first) return false;
-    uint64_t end_us = engine_clock_us() + engine->spin_us;
-    do {
-        if (engine_work_waiting(engine)) return true;
-        pause_briefly();
-    } while (engine_clock_us() < end_us);
-    return false;
-}
-
 static void sleep_once(struct kv_engine *engine) {
     if (!kv_inbox_doze(engine->inbox)) return;
     bool tasks = engine->running.first || engine->laneless.first || engine->blocked.first;
@@ -312,7 +289,7 @@ static void sleep_once(struct kv_engine *engine) {
 
 static void run_until(struct kv_engine *engine, bool (*done)(struct kv_engine *engine)) {
     while (!done(engine))
-        if (!turn_once(engine) && !spin(engine)) sleep_once(engine);
+        if (!turn_once(engine)) sleep_once(engine);
 }
 
 static bool stop_asked(struct kv_engine *engine) {

@@ -229,7 +229,6 @@ struct kv_engine {
     struct kv_inbox *inbox;
     size_t staging_bytes;
     bool is_host;
-    uint32_t spin_us;
     uint64_t now_us; /* at the start of this turn of the loop */
     uint64_t opened_us;
     uint64_t housekeeping_us; /* when it is due */
@@ -309,7 +308,6 @@ bool task_was_stopped(struct kv_engine *engine, struct task *task);
 struct task *task_create(struct kv_engine *engine, struct kv_request *request);
 bool engine_step_tasks(struct kv_engine *engine); /* true: something moved */
 void engine_expire_tasks(struct kv_engine *engine);
-bool engine_work_waiting(const struct kv_engine *engine);
 
 /* Waits for one block to become durable; the result is in store_status and no_disk. */
 void task_sync(struct kv_engine *engine, struct task *task, struct kv_sync *sync,

@@ -156,10 +156,14 @@ static void lane_take(struct kv_engine *engine, struct task *task) {
 /* ---- Waiting ---------------------------------------------------------------------------------- */
 
 void task_wait_ticket(struct kv_engine *engine, struct task *task, step_fn *step) {
-    kv_stream_notify(task->lane->stream, kv_inbox_wake_fd(engine->inbox));
     task->ticket = kv_stream_mark(task->lane->stream);
-    task->wait = WAIT_TICKET;
     task->step = step;
+    if (kv_stream_reached(task->lane->stream, task->ticket)) { /* it ran in place */
+        task->wait = WAIT_AGAIN;
+        return;
+    }
+    kv_stream_notify(task->lane->stream, kv_inbox_wake_fd(engine->inbox));
+    task->wait = WAIT_TICKET;
 }
 
 void task_wait_store(struct task *task, step_fn *step) {
@@ -327,6 +331,13 @@ void engine_expire_tasks(struct kv_engine *engine) {
     expire_list(engine, &engine->running);
 }
 
+/* Work of this task may run here and now if nobody waits for the engine meanwhile: it is the only task
+ * that runs, and no request has come since.  One that comes now waits KV_IN_PLACE_NS at most. */
+static bool engine_is_free(const struct kv_engine *engine) {
+    return engine->running.first == engine->running.last && !engine->laneless.first &&
+           !kv_inbox_waiting(engine->inbox);
+}
+
 /* A task that is too late already is not begun. */
 static bool start_laneless(struct kv_engine *engine) {
     bool moved = false;
@@ -351,13 +362,8 @@ bool engine_step_tasks(struct kv_engine *engine) {
         next = is_last ? NULL : task->next;
         if (!task_ready(engine, task)) continue;
         moved = true;
+        if (task->lane) kv_stream_in_place(task->lane->stream, engine_is_free(engine));
         task->step(engine, task); /* removes nobody but itself from this list */
     }
     return moved;
-}
-
-bool engine_work_waiting(const struct kv_engine *engine) {
-    for (const struct task *task = engine->running.first; task; task = task->next)
-        if (task_ready(engine, task)) return true;
-    return false;
 }

@@ -175,6 +175,10 @@ static struct kv_request *take_and_leave(struct kv_inbox *inbox, struct kv_reque
     return oldest;
 }
 
+bool kv_inbox_waiting(const struct kv_inbox *inbox) {
+    return atomic_load_explicit(&inbox->pushed, memory_order_relaxed) != NULL;
+}
+
 struct kv_request *kv_inbox_take(struct kv_inbox *inbox) {
     if (!atomic_load_explicit(&inbox->pushed, memory_order_relaxed)) return NULL;
     return take_and_leave(inbox, NULL);

@@ -3,7 +3,7 @@
  *
  *    acquire --> (rpc layer fills it) --> push ==inbox==> take --> (engine) --> release
  *
- * Threads.  [any thread], except take, doze, awake and close: the engine thread.
+ * Threads.  [any thread], except take, waiting, doze, awake and close: the engine thread.
  * Memory.   All of it is allocated by kv_inbox_open().  A request's staging buffer comes from a
  *           pool of its own, because a request that carries no data needs none.
  */
@@ -34,6 +34,9 @@ bool kv_inbox_push(struct kv_inbox *inbox, struct kv_request *request);
 
 /* What was pushed since the last call, oldest first, linked by next_private; NULL: nothing. */
 struct kv_request *kv_inbox_take(struct kv_inbox *inbox);
+
+/* Something was pushed that take has not taken. */
+bool kv_inbox_waiting(const struct kv_inbox *inbox);
 
 /* The engine is about to sleep on the wake descriptor.  False: there is work, do not. */
 bool kv_inbox_doze(struct kv_inbox *inbox);

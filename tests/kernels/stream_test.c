@@ -131,6 +131,47 @@ static void streams_run_beside_each_other(void **state) {
     }
 }
 
+/* The only worker copies for milliseconds.  A short copy on another stream that may run in place is there when
+ * the call returns, and so is its ticket; a second long one has to wait its turn. */
+static void short_work_runs_in_place(void **state) {
+    enum { LONG = 32 << 20, SHORT = 4096 };
+    struct kv_device_options options = {.name = "auto", .workers = 1};
+    struct kv_device *device;
+    struct kv_stream *busy, *quick;
+    assert_int_equal(kv_device_open(&options, &device), KV_OK);
+    if (strcmp(kv_device_name(device), "scalar") == 0) { /* the definition never runs in place */
+        kv_device_close(device);
+        return;
+    }
+    assert_int_equal(kv_stream_open(device, &busy), KV_OK);
+    assert_int_equal(kv_stream_open(device, &quick), KV_OK);
+    uint8_t *from, *to, *page;
+    assert_int_equal(kv_device_alloc(device, KV_MEMORY_DEVICE, LONG, (void **)&from), KV_OK);
+    assert_int_equal(kv_device_alloc(device, KV_MEMORY_DEVICE, LONG, (void **)&to), KV_OK);
+    assert_int_equal(kv_device_alloc(device, KV_MEMORY_DEVICE, SHORT, (void **)&page), KV_OK);
+    memset(from, 7, LONG);
+
+    kv_stream_copy(busy, to, from, LONG);
+    kv_stream_in_place(quick, true);
+    kv_stream_copy(quick, page, from, SHORT);
+    bool there = kv_stream_reached(quick, kv_stream_mark(quick));
+    bool still_busy = !kv_stream_reached(busy, kv_stream_mark(busy));
+    assert_true(there);
+    assert_true(still_busy);
+    assert_memory_equal(page, from, SHORT);
+
+    kv_stream_copy(quick, to, from, LONG / 2); /* too long: a worker's */
+    kv_stream_copy(quick, page, from + SHORT, SHORT); /* behind it, so a worker's as well */
+    assert_false(kv_stream_reached(quick, kv_stream_mark(quick)));
+
+    kv_stream_close(quick);
+    kv_stream_close(busy);
+    kv_device_free(device, KV_MEMORY_DEVICE, from, LONG);
+    kv_device_free(device, KV_MEMORY_DEVICE, to, LONG);
+    kv_device_free(device, KV_MEMORY_DEVICE, page, SHORT);
+    kv_device_close(device);
+}
+
 static void streams_have_a_limit(void **state) {
     struct kv_stream *streams[100];
     int count = 0;
@@ -372,6 +413,7 @@ int main(void) {
         cmocka_unit_test(a_stream_takes_its_depth),
         cmocka_unit_test(tickets_are_reached_with_their_results),
         cmocka_unit_test(streams_run_beside_each_other),
+        cmocka_unit_test(short_work_runs_in_place),
         cmocka_unit_test(streams_have_a_limit),
         cmocka_unit_test(notify_wakes_after_the_ticket),
         cmocka_unit_test(a_cancelled_attend_ends),
