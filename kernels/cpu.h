@@ -55,7 +55,7 @@ struct kv_cpu_isa {
 
     /* count elements of `from` -> 16-bit elements of `to` (F32 -> F16, or the same dtype).
      * Returns the index of the first that is not finite or above `limit` in magnitude after
-     * conversion, or count. */
+     * conversion, or count.  source begins at any byte. */
     size_t (*convert)(const void *source, enum kv_dtype from, enum kv_dtype to, float limit,
                       uint16_t *target, size_t count);
 

@@ -29,6 +29,8 @@ static vf load_some(const void *source, enum kv_dtype from, size_t i, size_t cou
 /* The bits of the largest element that is at most `limit`; a finite element's magnitude rises with
  * its bits, and infinities and NaNs stand above all of them. */
 static uint16_t bits_most(float limit, int bf16) {
+    /* Called for every head of every token: the usual limits without arithmetic. */
+    if (limit >= (bf16 ? 0x1.fep+127f : 65504.0f)) return bf16 ? 0x7f7f : 0x7bff;
     uint16_t bits = bf16 ? kv_bf16_of_f32(limit) : kv_f16_of_f32(limit);
     float rounded = bf16 ? kv_f32_of_bf16(bits) : kv_f32_of_f16(bits);
     return rounded > limit ? (uint16_t)(bits - 1) : bits;

@@ -7,11 +7,25 @@
 #include "kernels/cpu_scalar.h"
 
 #include <math.h>
+#include <string.h>
 
 #include "kernels/half.h"
 
 static bool available(void) {
     return true;
+}
+
+/* Rows from the wire begin at any byte. */
+static uint16_t narrow_at(const void *source, size_t i) {
+    uint16_t element;
+    memcpy(&element, (const uint8_t *)source + i * sizeof element, sizeof element);
+    return element;
+}
+
+static float wide_at(const void *source, size_t i) {
+    float element;
+    memcpy(&element, (const uint8_t *)source + i * sizeof element, sizeof element);
+    return element;
 }
 
 /* Turns one element; the switch on types stands outside the loops over elements. */
@@ -24,15 +38,13 @@ static bool available(void) {
 
 static size_t convert(const void *source, enum kv_dtype from, enum kv_dtype to, float limit,
                       uint16_t *target, size_t count) {
-    const float *wide = source;
-    const uint16_t *narrow = source;
     if (limit > 0x1.fffffep127f) limit = 0x1.fffffep127f; /* infinity is above every limit */
     if (from != KV_DTYPE_F32) {
-        CONVERT(narrow[i])
+        CONVERT(narrow_at(source, i))
     } else if (to == KV_DTYPE_F16) {
-        CONVERT(kv_f16_of_f32(wide[i]))
+        CONVERT(kv_f16_of_f32(wide_at(source, i)))
     } else {
-        CONVERT(kv_bf16_of_f32(wide[i]))
+        CONVERT(kv_bf16_of_f32(wide_at(source, i)))
     }
     return count;
 }

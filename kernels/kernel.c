@@ -41,7 +41,8 @@ void kv_kernel_ingest(struct kv_stream *stream, const struct kv_shape *shape, ui
     for (uint32_t i = 0; i < count; i++) {
         KV_CHECK(dtype_fits(shape, items[i].dtype));
         KV_CHECK(rows_fit_page(items[i].token, items[i].tokens));
-        KV_CHECK(items[i].keys != NULL && items[i].values != NULL);
+        KV_CHECK(items[i].pieces ? stream->backend->is_host
+                                 : items[i].keys != NULL && items[i].values != NULL);
         KV_CHECK(items[i].page != NULL && items[i].fault != NULL);
     }
     stream->backend->ingest(stream, shape, count, items);

@@ -63,6 +63,11 @@ struct kv_ingest {
     uint32_t tokens;     /* 1 .. 128 - token */
     void *page;
     uint32_t *fault;
+    /* Instead of keys and values, which are NULL then: the same bytes, all keys and then all values, in
+     * pieces cut anywhere.  Pieces and array stay as they are for as long as buffers do.  Only where
+     * kv_device_is_host(). */
+    const struct kv_span *pieces;
+    uint32_t piece_count;
 };
 /* limit: 65504, the largest f16, for every codec but RAW; RAW takes any finite element. */
 void kv_kernel_ingest(struct kv_stream *stream, const struct kv_shape *shape, uint32_t count,

@@ -148,4 +148,10 @@ static inline struct kv_shape kv_shape_raw(const struct kv_shape *shape) {
     return raw;
 }
 
+/* A piece of memory that belongs to somebody else. */
+struct kv_span {
+    const uint8_t *bytes;
+    size_t count;
+};
+
 #endif

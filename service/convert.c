@@ -14,6 +14,8 @@
 #include "proto/kivi/v1/kivi.pb-c.h"
 #include "proto/kv_check.h"
 
+enum { LEND_BYTES_MIN = 64 << 10, LEND_PIECES_MAX = (64 << 10) / sizeof(struct kv_span) };
+
 /* ---- Unpacking into lent memory ----------------------------------------------------------------- */
 
 /* protobuf-c takes memory in pieces; it gets them one behind the other, and NULL at the end. */
@@ -165,6 +167,28 @@ static enum kv_status stage_data(struct kv_inbound *in, struct kv_request *reque
     kv_wire_gather(&in->wire, request->staging);
     *used = request->bytes_in = in->wire.data_bytes;
     return KV_OK;
+}
+
+/* The payload stays where it is, if that pays; false: it does not.  Below LEND_BYTES_MIN a copy costs
+ * less than keeping the message. */
+static bool lend_data(struct kv_inbound *in, struct kv_request *request) {
+    const struct kv_wire *wire = &in->wire;
+    size_t left = wire->data_bytes, offset = wire->data_offset;
+    if (!in->lend || left < LEND_BYTES_MIN || left > (request->staging_bytes - (64 << 10)) / 3)
+        return false;
+    struct kv_span *pieces = (struct kv_span *)request->staging;
+    uint32_t count = 0;
+    for (const struct kv_span *piece = wire->data; left > 0; piece++, offset = 0) {
+        if (piece->count == offset) continue;
+        if (count == LEND_PIECES_MAX) return false;
+        size_t run = piece->count - offset < left ? piece->count - offset : left;
+        pieces[count++] = (struct kv_span){piece->bytes + offset, run};
+        left -= run;
+    }
+    request->put.pieces = pieces;
+    request->put.piece_count = count;
+    request->bytes_in = wire->data_bytes;
+    return true;
 }
 
 /* A list that has no payload beside it, to the front of staging. */
@@ -369,7 +393,9 @@ enum kv_status kv_decode_put(struct kv_inbound *in, struct kv_request *request) 
     if (status == KV_OK)
         status = read_durability(request, message->durability, KV_VOLATILE, &put->durability);
     if (status == KV_OK) status = read_form(request, message->form, &put->form);
-    if (status == KV_OK) status = stage_data(in, request, &used);
+    bool lent = status == KV_OK && put->form == KV_FORM_FULL && lend_data(in, request);
+    used = request->bytes_in;
+    if (status == KV_OK && !lent) status = stage_data(in, request, &used);
     if (status != KV_OK) return status;
 
     put->layer = message->layer;

@@ -9,7 +9,7 @@
  * Memory.   Messages are unpacked into memory the caller lends, from its front; nothing is
  *           freed, the next message starts at the front again.  A message that needs more is
  *           refused: a few bytes on the wire can ask for a hundred times as many in memory.
- *           The payload goes from the pieces to request->staging, once.
+ *           The payload goes from the pieces to request->staging, once, or is lent (kv_put).
  * Threads.  [any thread]  Whoever holds the request.
  * Errors.   KV_OK, or the status that is also in the request, with field and message.
  */
@@ -27,6 +27,7 @@ struct kv_inbound {
     /* What a Put stream said in its first message holds for the rest: the caller keeps it. */
     struct kv_digest *fingerprint;
     bool *has_fingerprint;
+    bool lend; /* the pieces stay until the request is done, and the engine takes them as they are */
 };
 
 typedef enum kv_status kv_decode(struct kv_inbound *in, struct kv_request *request);

@@ -328,6 +328,10 @@ bool kv_engine_ready(const struct kv_engine *engine) {
     return atomic_load(&engine->ready) && !atomic_load(&engine->stopping);
 }
 
+bool kv_engine_takes_pieces(const struct kv_engine *engine) {
+    return engine->is_host;
+}
+
 struct kv_request *kv_engine_acquire(struct kv_engine *engine, bool with_staging) {
     return kv_inbox_acquire(engine->inbox, with_staging);
 }

@@ -142,7 +142,11 @@ struct kv_put { /* PUT, PUT_END */
     bool has_energy;                 /* in: float [heads][head_dim] at energy_offset */
     uint32_t energy_count;           /* in: how many floats came; the engine checks it */
     uint64_t energy_offset;          /* in */
-    /* page data: bytes_in bytes at staging 0 */
+    /* page data: bytes_in bytes at staging 0, or, if there are pieces, in these; their array lies in
+     * staging, what they point to stays until on_done.  Only FULL pages, and only if the engine
+     * takes pieces. */
+    const struct kv_span *pieces;    /* in, or NULL */
+    uint32_t piece_count;            /* in */
     bool complete;                   /* out: this page finished the block (or it existed): the
                                         other out fields hold.  false: page taken, go on */
     bool existed;                    /* out */
@@ -327,6 +331,9 @@ struct kv_engine_options {
 enum kv_status kv_engine_open(const struct kv_engine_options *options, struct kv_engine **out,
                               char *why, size_t why_bytes);
 void kv_engine_close(struct kv_engine *engine); /* after run has returned */
+
+/* [any thread] True if a Put's page may come as kv_put.pieces. */
+bool kv_engine_takes_pieces(const struct kv_engine *engine);
 
 /* [any thread] A free request, zeroed but for its staging fields, or NULL.  with_staging: it
  * brings a staging buffer.  `on_free` (may be NULL) is called on the releasing thread whenever

@@ -271,8 +271,11 @@ static void put_page(struct kv_engine *engine, struct task *task) {
     KV_CHECK(scratch + layout->raw_bytes <= request->staging_bytes);
     if (!raw) task->put.scratch = gpu_scratch(engine, layout->raw_bytes);
     const struct kv_ingest ingest = {
-        .keys = request->staging,
-        .values = request->staging + KV_BLOCK_TOKENS * layout->row_bytes,
+        .keys = request->put.pieces ? NULL : request->staging,
+        .values = request->put.pieces ? NULL
+                                      : request->staging + KV_BLOCK_TOKENS * layout->row_bytes,
+        .pieces = request->put.pieces,
+        .piece_count = request->put.piece_count,
         .dtype = layout->info.layout.dtype,
         .tokens = KV_BLOCK_TOKENS,
         .page = raw ? page_target(task) : page_scratch(task),

@@ -22,12 +22,6 @@
 
 #include "proto/kv_types.h"
 
-/* A piece of memory that belongs to somebody else. */
-struct kv_span {
-    const uint8_t *bytes;
-    size_t count;
-};
-
 enum { KV_WIRE_DATA_FIELD = 15 };
 
 /* A message taken apart.  Good for as long as the pieces and the scratch memory are. */

@@ -94,6 +94,7 @@ struct flight {
     enum flight_state state;
     uint64_t sequence;
     struct kv_request *request; /* DECODING to ENGINE; READY: a List page being told */
+    grpc_byte_buffer *message;  /* DECODING to ENGINE: what the request was lent, or NULL */
     grpc_byte_buffer *answer;   /* READY */
     uint32_t index;             /* Get: the digest asked for; List: entries told */
     bool failed;                /* Get: the answer says so */
@@ -178,6 +179,7 @@ struct kv_rpc {
     const struct kv_config *config;
     struct kv_engine *engine;
     struct kv_standard *standard;
+    bool lend; /* the engine takes payloads where gRPC put them */
     grpc_server *server;
     grpc_resource_quota *quota;
     void *registered[METHODS_MAX];

@@ -41,7 +41,14 @@ struct flight *flight_take(struct call *call, enum flight_state state, struct kv
     return flight;
 }
 
+/* The request is done: what it was lent goes back to gRPC. */
+static void flight_return(struct flight *flight) {
+    if (flight->message) grpc_byte_buffer_destroy(flight->message);
+    flight->message = NULL;
+}
+
 static void flight_clear(struct flight *flight) {
+    flight_return(flight);
     if (flight->answer) grpc_byte_buffer_destroy(flight->answer);
     if (flight->request) kv_engine_release(flight->call->rpc->engine, flight->request);
     flight->answer = NULL;
@@ -150,6 +157,7 @@ static void on_done(struct kv_request *request) {
         flight->index = 0;
     } else if (verdict == VERDICT_ANSWER) {
         grpc_byte_buffer *answer = answer_make(flight);
+        flight_return(flight);
         if (flight->request) kv_engine_release(call->rpc->engine, flight->request);
         flight->request = NULL;
         flight->answer = answer;
@@ -199,7 +207,8 @@ static enum kv_status decode(struct call *call, struct workspace *workspace,
     struct kv_inbound in = {.memory          = workspace->memory,
                             .memory_bytes    = workspace->memory_bytes,
                             .fingerprint     = &call->fingerprint,
-                            .has_fingerprint = &call->has_fingerprint};
+                            .has_fingerprint = &call->has_fingerprint,
+                            .lend            = call->rpc->lend};
     size_t count = call_pieces(message, workspace->pieces);
     enum kv_status status =
         count ? kv_wire_split(workspace->pieces, count, workspace->scratch,
@@ -212,7 +221,7 @@ static enum kv_status decode(struct call *call, struct workspace *workspace,
 }
 
 /* The message that arrived becomes a request.  Its payload is copied without the lock, so that the
- * engine thread never waits for a copy. */
+ * engine thread never waits for a copy; or it is lent, and the message kept until the request is done. */
 static void accept(struct call *call, struct workspace *workspace) {
     struct kv_request *request = flight_request(call);
     if (!request) return;
@@ -223,10 +232,12 @@ static void accept(struct call *call, struct workspace *workspace) {
     pthread_mutex_unlock(&call->lock);
 
     enum kv_status status = decode(call, workspace, message, request);
-    grpc_byte_buffer_destroy(message);
+    bool lent = request->kind == KV_REQUEST_PUT && request->put.pieces;
+    if (!lent) grpc_byte_buffer_destroy(message);
 
     pthread_mutex_lock(&call->lock);
     call->accepting = false;
+    flight->message = lent ? message : NULL;
     if (request->kind == KV_REQUEST_PUT) request->put.stream = call->number;
     if (status != KV_OK) {
         call_end_with(call, request, flight->sequence);

@@ -272,6 +272,7 @@ enum kv_status kv_rpc_open(const struct kv_config *config, struct kv_engine *eng
     if (!rpc) return KV_BUSY;
     rpc->config = config;
     rpc->engine = engine;
+    rpc->lend = kv_engine_takes_pieces(engine);
     rpc->standard = &standard;
     rpc->lane_count = config->rpc_threads;
     rpc->wait_last = &rpc->wait_first;

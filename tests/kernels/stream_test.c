@@ -309,8 +309,8 @@ static void bf16_pages_come_out_as_f32(void **state) {
 
 /* The smallest bad element is named, keys before values, however the work was cut. */
 static void faults_name_the_first_bad_element(void **state) {
-    struct kv_shape shape = shape_of("kivi2", 4, 256, KV_DTYPE_F16);
-    enum { TOKENS = 128, COUNT = TOKENS * 4 * 256 };
+    struct kv_shape shape = shape_of("kivi2", 10, 256, KV_DTYPE_F16); /* several tasks */
+    enum { TOKENS = 128, COUNT = TOKENS * 10 * 256 };
     float *keys = calloc(COUNT, 4), *values = calloc(COUNT, 4);
     uint16_t *page = allocate(kv_shape_bytes_raw(&shape));
     struct dice dice = {77};
@@ -331,6 +331,55 @@ static void faults_name_the_first_bad_element(void **state) {
     free(keys);
     free(values);
     free(page);
+}
+
+/* Cuts `bytes` anywhere, the last piece included; some pieces are empty. */
+static uint32_t cut(struct dice *dice, const uint8_t *bytes, size_t count, struct kv_span *pieces,
+                    uint32_t most) {
+    uint32_t n = 0;
+    for (size_t at = 0; at < count; n++) {
+        size_t run = dice_below(dice, 8) == 0 ? 0 : dice_below(dice, 3000);
+        if (n + 1 == most || run > count - at) run = count - at;
+        pieces[n] = (struct kv_span){bytes + at, run};
+        at += run;
+    }
+    return n;
+}
+
+/* Rows that lie in pieces make the same page and name the same fault, at any address. */
+static void rows_come_in_pieces(void **state) {
+    enum { TOKENS = 100, PER_TOKEN = 10 * 128, COUNT = 2 * TOKENS * PER_TOKEN, PIECES = 4096 };
+    static const enum kv_dtype dtypes[] = {KV_DTYPE_F16, KV_DTYPE_F32, KV_DTYPE_BF16};
+    static struct kv_span pieces[PIECES];
+    struct dice dice = {78};
+    uint8_t *memory = allocate(COUNT * 4 + 64);
+    for (int round = 0; round < 30; round++) {
+        enum kv_dtype dtype = dtypes[round % 3];
+        struct kv_shape shape = shape_of(
+            "raw16", 10, 128, dtype == KV_DTYPE_BF16 ? KV_DTYPE_BF16 : KV_DTYPE_F16);
+        size_t element = kv_dtype_bytes(dtype), bytes = COUNT * element;
+        for (size_t i = 0; i < bytes; i++) memory[i] = (uint8_t)(dice_below(&dice, 256) & 0x3b);
+        if (round >= 15) /* all ones is a NaN in every type */
+            memset(memory + dice_below(&dice, COUNT) * element, 0xff, element);
+        uint16_t *page[2] = {allocate(kv_shape_bytes_raw(&shape)), allocate(kv_shape_bytes_raw(&shape))};
+        memset(page[0], 0xee, kv_shape_bytes_raw(&shape));
+        memset(page[1], 0xee, kv_shape_bytes_raw(&shape));
+        uint32_t expected = ingest(&shape, dtype, 20, TOKENS, memory, memory + bytes / 2, page[0]);
+
+        uint32_t shift = dice_below(&dice, 64), fault = 0;
+        memmove(memory + shift, memory, bytes);
+        struct kv_ingest item = {
+            .dtype = dtype, .token = 20, .tokens = TOKENS, .page = page[1], .fault = &fault,
+            .pieces = pieces, .piece_count = cut(&dice, memory + shift, bytes, pieces, PIECES)};
+        kv_kernel_ingest(lab.stream, &shape, 1, &item);
+        lab_wait(&lab);
+        assert_int_equal(fault, expected);
+        assert_true((expected != 0) == (round >= 15));
+        if (expected == 0) assert_memory_equal(page[0], page[1], kv_shape_bytes_raw(&shape));
+        free(page[0]);
+        free(page[1]);
+    }
+    free(memory);
 }
 
 /* bf16 holds more than f16 does: refused for packed codecs, taken by raw16. */
@@ -420,6 +469,7 @@ int main(void) {
         cmocka_unit_test(rows_go_in_and_come_out),
         cmocka_unit_test(bf16_pages_come_out_as_f32),
         cmocka_unit_test(faults_name_the_first_bad_element),
+        cmocka_unit_test(rows_come_in_pieces),
         cmocka_unit_test(the_limit_depends_on_the_codec),
         cmocka_unit_test(energy_is_a_running_mean),
         cmocka_unit_test(rows_that_are_not_finite_are_left_out),

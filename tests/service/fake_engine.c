@@ -175,6 +175,10 @@ void kv_engine_stop(struct kv_engine *engine) {
     pthread_mutex_unlock(&engine->lock);
 }
 
+bool kv_engine_takes_pieces(const struct kv_engine *engine) {
+    return false;
+}
+
 bool kv_engine_ready(const struct kv_engine *engine) {
     return true;
 }
