@@ -57,7 +57,7 @@ enum {
 struct kv_store_options {
     struct kv_device *device; /* borrowed; closed after the store */
     uint64_t arena_bytes;     /* host memory for block bytes, a multiple of 2 MiB */
-    uint32_t blocks_max;      /* keys known at once, in all tiers */
+    uint32_t blocks_max;      /* keys known at once, in all tiers: 1 .. 2^28 */
     const char *path;         /* directory; NULL: nothing is ever on disk */
     uint64_t disk_bytes;      /* hard cap on the directory, at least 4 segments */
     uint64_t segment_bytes;   /* 0: 64 MiB.  A multiple of 1 MiB; tests use small ones */
@@ -147,7 +147,8 @@ struct kv_pin {
 };
 
 /* All or nothing: unless status is KV_OK nothing is pinned and addresses is meaningless.
- * KV_NOT_FOUND: a key is absent.  KV_MISMATCH: a tag differs.  KV_BUSY: the pinned set does not
+ * KV_NOT_FOUND: a key is absent.  KV_MISMATCH: a tag differs.  KV_INVALID: a block has no such
+ * part.  KV_BUSY: the pinned set does not
  * fit beside what others hold.  KV_CORRUPT, KV_IO_ERROR: a restore failed.
  * on_ready runs in the next kv_store_poll() even when everything is resident, except that
  * kv_store_pin_now() pins at once when nothing has to be read: KV_OK, or KV_BUSY when the

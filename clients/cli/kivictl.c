@@ -92,8 +92,8 @@ bool ctl_options(struct ctl *ctl, int argc, const char **argv, const struct popt
     int got = poptGetNextOpt(ctl->options);
     texts_keep(ctl, own);
     if (got < -1) {
-        *exit_code = ctl_say(ctl, EXIT_USAGE, "%s: %s", poptBadOption(ctl->options, 0),
-                             poptStrerror(got));
+        *exit_code = ctl_say(ctl, EXIT_USAGE, "%s: %s   (kivictl %s --help lists the options)",
+                             poptBadOption(ctl->options, 0), poptStrerror(got), ctl->name);
         return false;
     }
     if (help) {
@@ -132,6 +132,24 @@ static void help_print(FILE *out) {
     fprintf(out, "\nEvery command takes --target ADDRESS, --json and --help.\n%s", EXIT_CODES);
 }
 
+/* A word that begins commands without being one, as in "kivictl bench".  False: it is none. */
+static bool group_help(const char *word, FILE *out) {
+    size_t length = strlen(word);
+    bool any = false;
+    for (int i = 0; i < GROUP_COUNT; i++) {
+        for (const struct command *command = GROUPS[i]; command->name; command++) {
+            if (strncmp(command->name, word, length) != 0 || command->name[length] != ' ') continue;
+            if (!any) fprintf(out, "Usage: kivictl %s COMMAND [OPTIONS]   (COMMAND --help says more)\n\n", word);
+            char left[64];
+            snprintf(left, sizeof left, "%s %s", command->name, command->arguments);
+            fprintf(out, "  %-34s %s\n", left, command->summary);
+            any = true;
+        }
+    }
+    if (any) fprintf(out, "\n%s", EXIT_CODES);
+    return any;
+}
+
 /* The command that argv begins with, and how many words its name has. */
 static const struct command *command_find(int argc, char **argv, int *words) {
     for (int i = 0; i < GROUP_COUNT; i++) {
@@ -163,6 +181,8 @@ int main(int argc, char **argv) {
     int words;
     const struct command *command = command_find(argc, argv, &words);
     if (!command) {
+        bool asked = argc > 2 && (strcmp(argv[2], "--help") == 0 || strcmp(argv[2], "-h") == 0);
+        if (group_help(argv[1], asked ? stdout : stderr)) return asked ? EXIT_DONE : EXIT_USAGE;
         fprintf(stderr, "kivictl: there is no command '%s' (kivictl --help lists them)\n", argv[1]);
         return EXIT_USAGE;
     }

@@ -50,6 +50,9 @@ start() {
 }
 
 exits 2 nonsense
+exits 2 bench
+is "half a command lists the whole ones" 1 "$(grep -c '^  bench put' "$work/err")"
+exits 2 bench put --nonsense
 exits 2 append "$file"
 exits 3 ping
 is "an unreachable service may be asked again" True "$(json "it['error']['retry']")"
