@@ -110,6 +110,17 @@ def test_a_session_goes_on_after_both_sides_were_restarted(daemon):
     assert close(got, want, 1e-5)
 
 
+def test_a_second_cache_goes_on_with_a_session_that_was_opened_empty(client):
+    model = build()
+    tokens = ids(60)
+    with client.session("turns", model=model.config, codec="raw16") as s:
+        assert s.usable == 0
+        first = remote(model, tokens[:, :40], kivi.hf.RemoteCache(model.config, s))
+        assert s.usable == s.length == 40
+        second = remote(model, tokens[:, 40:], kivi.hf.RemoteCache(model.config, s))
+    assert close(torch.cat([first, second], 1), stock(model, tokens))
+
+
 def test_left_padded_batches_give_what_each_gives_alone(client):
     model = build()
     lengths = (60, 35)

@@ -209,7 +209,8 @@ class Session:
         self.handle: int = opened.session
         self.info = LayoutInfo._from_wire(opened.info)
         self._shapes = _calls.Shapes(self.info)
-        self.usable: int = opened.usable
+        self._evicted_from: Optional[int] = (
+            opened.usable if opened.usable < opened.length else None)
         self.created: bool = opened.created
         self.lengths: List[int] = [opened.length] * self.info.layers
         self._attends = _Frames(client._kivi.Attend, client._metadata)
@@ -219,6 +220,11 @@ class Session:
     def length(self) -> int:
         """Tokens that every layer has, as this client knows."""
         return min(self.lengths)
+
+    @property
+    def usable(self) -> int:
+        """First token that had been evicted when the session was opened, or `length`."""
+        return self.length if self._evicted_from is None else self._evicted_from
 
     async def __aenter__(self) -> "Session":
         return self

@@ -295,7 +295,7 @@ class Session:
     Attributes:
         name, info: its name and layout.
         lengths: tokens per layer as this client knows them; `length` is what all have.
-        usable: first token that was evicted meanwhile, or `length`.
+        usable: first token that had been evicted when it was opened, or `length`.
         created: it did not exist before.
     """
 
@@ -312,7 +312,8 @@ class Session:
         self.handle: int = response.session
         self.info = LayoutInfo._from_wire(response.info)
         self._shapes = _calls.Shapes(self.info)
-        self.usable: int = response.usable
+        self._evicted_from: Optional[int] = (
+            response.usable if response.usable < response.length else None)
         self.created: bool = response.created
         self.lengths: List[int] = [response.length] * self.info.layers
 
@@ -320,6 +321,11 @@ class Session:
     def length(self) -> int:
         """Tokens that every layer has, as this client knows."""
         return min(self.lengths)
+
+    @property
+    def usable(self) -> int:
+        """First token that had been evicted when the session was opened, or `length`."""
+        return self.length if self._evicted_from is None else self._evicted_from
 
     def __enter__(self) -> "Session":
         return self
