@@ -72,16 +72,16 @@ int bench_print(struct ctl *ctl, const struct bench *bench) {
         const struct bench_row *row = &bench->rows[i];
         bool compared = row->opponent > 0 && row->ours > 0;
         double ratio = compared ? row_ratio(row) : 0;
-        bool met = compared && ratio >= row->goal;
-        missed |= compared && !met;
+        bool has_goal = compared && row->goal > 0, met = has_goal && ratio >= row->goal;
+        missed |= has_goal && !met;
         json_t *value = json_pack("{s:s, s:f, s:o, s:o, s:s, s:o, s:o, s:o}", "name", row->name,
                                   "ours", row->ours, "opponent",
                                   compared ? json_real(row->opponent) : json_null(),
                                   "opponent_name",
                                   compared ? json_string(row->opponent_name) : json_null(), "unit",
                                   row->unit, "ratio", compared ? json_real(ratio) : json_null(),
-                                  "goal", compared ? json_real(row->goal) : json_null(), "met",
-                                  compared ? json_boolean(met) : json_null());
+                                  "goal", has_goal ? json_real(row->goal) : json_null(), "met",
+                                  has_goal ? json_boolean(met) : json_null());
         json_array_append_new(rows, value);
         table_cell(&table, "%s", row->name);
         table_cell(&table, "%.4g", row->ours);
@@ -91,9 +91,9 @@ int bench_print(struct ctl *ctl, const struct bench *bench) {
         table_cell(&table, "%s", row->unit);
         if (compared) table_cell(&table, "%.2f", ratio);
         else table_cell(&table, "-");
-        if (compared) table_cell(&table, "%.2f", row->goal);
+        if (has_goal) table_cell(&table, "%.2f", row->goal);
         else table_cell(&table, "-");
-        table_cell(&table, "%s", !compared ? "" : met ? "met" : "MISSED");
+        table_cell(&table, "%s", !has_goal ? "" : met ? "met" : "MISSED");
     }
     if (ctl->json) {
         json_print(json_pack("{s:s, s:s, s:s, s:O}", "bench", bench->name, "machine", machine,
@@ -189,7 +189,12 @@ static int run_bench_attend(struct ctl *ctl, int argc, const char **argv) {
     int exit_code;
     const struct poptOption own[] = {
         {"codec", 0, POPT_ARG_STRING, &codec, 0, "a preset (kivi2)", "PRESET"}, POPT_TABLEEND};
-    if (!ctl_options(ctl, argc, argv, own, "[OPTIONS]", NULL, 0, 0, &exit_code)) return exit_code;
+    if (!ctl_options(ctl, argc, argv, own, "[OPTIONS]",
+                     "One layer, 8 KV heads x 128 channels, 4 query heads to each, 16384 tokens, on one\n"
+                     "thread and on two, against fp32 and fp16 attention on the same tokens uncompressed,\n"
+                     "a read of the packed bytes, and 16 rows against one.  Needs no server.\n",
+                     0, 0, &exit_code))
+        return exit_code;
     if (codec && strspn(codec, "abcdefghijklmnopqrstuvwxyz0123456789.-") != strlen(codec))
         return ctl_say(ctl, EXIT_USAGE, "--codec is a preset's name");
     snprintf(arguments, sizeof arguments, "%s%.64s --json", codec ? "--codec " : "",

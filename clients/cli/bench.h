@@ -5,8 +5,8 @@
  *    "ratio", "goal", "met"}]}
  *
  * Ours and the opponent's are medians of at least five runs each, taken in turn in one process's
- * life; a ratio above 1 means that ours is better.  A row without opponent is a report: ratio, goal
- * and met are null.
+ * life; a ratio above 1 means that ours is better.  A row without goal is a report: goal and met are
+ * null, and without opponent the ratio too.
  */
 #ifndef KIVI_CLIENTS_CLI_BENCH_H
 #define KIVI_CLIENTS_CLI_BENCH_H

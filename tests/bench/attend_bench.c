@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* attend_bench.c - attention on packed pages against attention on keys and values left alone.
  *
- *     attend_bench [--json FILE] [--codec NAME] [--threads N] [--grow TOKENS]
+ *     attend_bench [--json FILE] [--codec NAME] [--threads N] [--grow TOKENS] [--backend NAME]
  *
  * One layer of 8 KV heads, 4 query heads to each, 128 channels, one query row: a decode step.
  * All take the same memory's contents and the same number of threads, in turn, in this run; figures
@@ -32,9 +32,9 @@ enum { HEADS = 8, GROUP = OPPONENT_GROUP, D = OPPONENT_D, T = KV_BLOCK_TOKENS, R
 enum { TOKENS = 16384, ROWS = 16 };
 
 struct bench {
-    FILE *json;
+    FILE *table, *json;
     bool first_row;
-    const char *codec;
+    const char *codec, *backend;
     struct kv_shape shape;
     uint32_t threads;
     struct team *team;
@@ -221,10 +221,10 @@ static void row(struct bench *bench, const char *what, double ours, const char *
     if (goal != 0)
         snprintf(met, sizeof met, "\"goal\": %g, \"met\": %s", goal,
                  ratio >= goal ? "true" : "false");
-    printf("  %-52s %10.1f us  %-18s %10.1f us  %6.2fx", name, 1e6 * ours, opponent_name,
+    fprintf(bench->table, "  %-52s %10.1f us  %-18s %10.1f us  %6.2fx", name, 1e6 * ours, opponent_name,
            1e6 * theirs, ratio);
-    if (goal != 0) printf("  goal %g%s", goal, ratio >= goal ? "" : "  MISSED");
-    printf("\n");
+    if (goal != 0) fprintf(bench->table, "  goal %g%s", goal, ratio >= goal ? "" : "  MISSED");
+    fprintf(bench->table, "\n");
     if (bench->json == NULL) return;
     fprintf(bench->json,
             "%s\n  {\"name\": \"%s\", \"tokens\": %u, \"threads\": %u, \"ours\": %.6g, "
@@ -260,12 +260,12 @@ static void measure(struct bench *bench, uint32_t tokens, bool goals) {
 }
 
 static void measure_threads(struct bench *bench, uint32_t threads, uint32_t grow) {
-    struct kv_device_options options = {.name = "auto", .workers = threads};
+    struct kv_device_options options = {.name = bench->backend, .workers = threads};
     bench->threads                   = threads;
     bench->team                      = team_open(threads);
     KV_CHECK(kv_device_open(&options, &bench->device) == KV_OK);
     KV_CHECK(kv_stream_open(bench->device, &bench->stream) == KV_OK);
-    printf("%s, %u thread%s\n", kv_device_name(bench->device), threads, threads == 1 ? "" : "s");
+    fprintf(bench->table, "%s, %u thread%s\n", kv_device_name(bench->device), threads, threads == 1 ? "" : "s");
     measure(bench, TOKENS, true);
     for (uint32_t tokens = T; tokens <= grow; tokens *= 2)
         measure(bench, tokens, false);
@@ -274,13 +274,23 @@ static void measure_threads(struct bench *bench, uint32_t threads, uint32_t grow
     team_close(bench->team);
 }
 
+static void usage(FILE *to) {
+    fprintf(to, "usage: attend_bench [--json FILE] [--codec NAME] [--threads N] [--grow TOKENS]\n"
+                "                    [--backend NAME]\n\n"
+                "A decode step's attention on packed pages against fp32 and fp16 attention on the same\n"
+                "tokens, and against reading the packed bytes; 16384 tokens, on 1 and on N (2) threads.\n"
+                "--grow adds 128 to TOKENS, doubling.  --json writes the rows to FILE, - is stdout.\n");
+}
+
 int main(int argc, char **argv) {
     static const struct option known[] = {{"json", required_argument, NULL, 'j'},
                                           {"codec", required_argument, NULL, 'c'},
                                           {"threads", required_argument, NULL, 't'},
                                           {"grow", required_argument, NULL, 'g'},
+                                          {"backend", required_argument, NULL, 'b'},
+                                          {"help", no_argument, NULL, 'h'},
                                           {NULL, 0, NULL, 0}};
-    struct bench bench = {.first_row = true, .codec = "kivi2", .done = eventfd(0, 0)};
+    struct bench bench = {.table = stdout, .first_row = true, .codec = "kivi2", .backend = "auto", .done = eventfd(0, 0)};
     uint32_t threads = 2, grow = 0;
     const char *json = NULL;
     for (int option; (option = getopt_long(argc, argv, "", known, NULL)) != -1;) {
@@ -292,8 +302,12 @@ int main(int argc, char **argv) {
             threads = (uint32_t)strtoul(optarg, NULL, 10);
         else if (option == 'g')
             grow = (uint32_t)strtoul(optarg, NULL, 10);
-        else
-            return 2;
+        else if (option == 'b')
+            bench.backend = optarg;
+        else {
+            usage(option == 'h' ? stdout : stderr);
+            return option == 'h' ? 0 : 2;
+        }
     }
     struct kv_preset preset;
     if (kv_preset_find(bench.codec, &preset) != KV_OK || threads < 1 || threads > 256) {
@@ -307,7 +321,9 @@ int main(int argc, char **argv) {
     bench.shape = (struct kv_shape){
         .heads = HEADS, .head_dim = D, .dtype = KV_DTYPE_F16, .codec = preset.codec};
     if (json != NULL) {
-        bench.json = strcmp(json, "-") == 0 ? stdout : fopen(json, "w");
+        bool to_stdout = strcmp(json, "-") == 0;
+        bench.json     = to_stdout ? stdout : fopen(json, "w");
+        bench.table    = to_stdout ? stderr : stdout;
         if (bench.json == NULL) return 1;
         const char *commit = getenv("KV_COMMIT");
         fprintf(bench.json, "{\"bench\": \"attend\", \"commit\": \"%s\", \"rows\": [",

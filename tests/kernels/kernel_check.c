@@ -3,7 +3,7 @@
  *
  *     kernel_check [--backend NAME] [--random N] [--seed S [--case N]] [--every N]
  *                  [--fixture FILE] [--workers N]
- *     kernel_check --bench [--backend NAME] [--json FILE] [--workers N]
+ *     kernel_check --bench [--backend NAME] [--json [FILE]] [--workers N]
  *
  * Without --backend every backend that this machine has is held to "scalar" in turn.  Pages
  * must be equal to the byte, attention to the bound in kernel_check_attend.c.  The fixed
@@ -196,12 +196,23 @@ static bool check_all(const struct options *options) {
     return good;
 }
 
-static void usage(void) {
-    fprintf(stderr, "usage: kernel_check [--backend scalar|avx2|avx512|amx|cuda[:N]] [--random N] "
+static void usage(FILE *to) {
+    fprintf(to, "usage: kernel_check [--backend scalar|avx2|avx512|amx|cuda[:N]] [--random N] "
                     "[--seed S [--case N]] [--every N] [--fixture FILE] "
                     "[--workers N]\n"
-                    "       kernel_check --bench [--backend NAME] [--json FILE] [--workers N]\n");
-    exit(2);
+                    "       kernel_check --bench [--backend NAME] [--json [FILE]] [--workers N]\n"
+                    "\n"
+                    "Holds every backend of this machine, or NAME, to the scalar definition: pages to the\n"
+                    "byte, attention to a bound; exit 1 if one differs.  --bench times quantize, dequantize\n"
+                    "and attend of every codec against scalar, and quantize against memcpy, on N workers\n"
+                    "(1); exit 1 if a goal was missed.  --json writes the rows to FILE, or to stdout while\n"
+                    "the table goes to stderr.\n");
+}
+
+/* What follows an option that may stand alone, if anything does. */
+static const char *optional_word(int argc, char **argv) {
+    if (optarg != NULL) return optarg;
+    return optind < argc && argv[optind][0] != '-' ? argv[optind++] : "-";
 }
 
 static struct options options_parse(int argc, char **argv) {
@@ -210,7 +221,8 @@ static struct options options_parse(int argc, char **argv) {
         {"seed", required_argument, NULL, 's'},    {"case", required_argument, NULL, 'c'},
         {"fixture", required_argument, NULL, 'f'},
         {"every", required_argument, NULL, 'e'},   {"bench", no_argument, NULL, 'B'},
-        {"json", required_argument, NULL, 'j'},    {"workers", required_argument, NULL, 'w'},
+        {"json", optional_argument, NULL, 'j'},    {"workers", required_argument, NULL, 'w'},
+        {"help", no_argument, NULL, 'h'},
         {0},
     };
     struct options options = {
@@ -228,11 +240,15 @@ static struct options options_parse(int argc, char **argv) {
         case 'f': options.fixture = optarg; break;
         case 'e': options.every = (uint32_t)strtoul(optarg, NULL, 10); break;
         case 'B': options.bench = true; break;
-        case 'j': options.json = optarg; break;
+        case 'j': options.json = optional_word(argc, argv); break;
         case 'w': options.workers = (uint32_t)strtoul(optarg, NULL, 10); break;
-        default: usage();
+        case 'h': usage(stdout); exit(0);
+        default: usage(stderr); exit(2);
         }
-    if (optind != argc || options.every == 0) usage();
+    if (optind != argc || options.every == 0) {
+        usage(stderr);
+        exit(2);
+    }
     return options;
 }
 

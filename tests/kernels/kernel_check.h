@@ -50,7 +50,7 @@ void check_attend(struct bench_pair *pair, const struct check_case *check);
 struct bench_options {
     const char *backend;
     uint32_t workers;
-    const char *json; /* path, or NULL */
+    const char *json; /* path, "-" for stdout, or NULL */
 };
 /* Times the backend; false: a goal was missed or the file could not be written. */
 bool kernel_bench(const struct bench_options *options);
