@@ -56,6 +56,36 @@ static float refine_above(uint32_t head_dim, const uint8_t widths[KV_QUARTERS]) 
     return 2.6e-4f * 1.4427f / 0.2887f / sqrtf(std::max(sum, 1.0f));
 }
 
+/* How many warps share a multiprocessor, as how many blocks, and how many stages each has at most. */
+struct attend_form {
+    uint32_t warps, blocks, stages;
+    bool ahead; /* the first units are few enough of all to be asked for early */
+};
+
+/* Measured on an H100 (NOTES.md).  Where a warp gets one or two units, warps that get fewer only keep
+ * others waiting, and a second stage of keys would come before others' first. */
+static struct attend_form form_of(const struct attend_limits *limits, const struct attend_kernel *kernel,
+                                  const struct attend_item *items, uint32_t count, uint32_t heads) {
+    struct attend_form form = {kernel->threads / 32, kernel->blocks_per_sm, 4, true};
+    if (limits->kernel != NULL || form.warps < 16) return form;
+    uint64_t units = 0, sequences = 0;
+    uint32_t longest = 1;
+    for (uint32_t i = 0; i < count; i++) {
+        longest = std::max(longest, items[i].unit_count);
+        sequences += (uint64_t)heads * items[i].vector_blocks;
+        units += (uint64_t)heads * items[i].vector_blocks * items[i].unit_count;
+    }
+    if (units < 32 * limits->processors) {
+        const uint32_t splits = (uint32_t)std::max<uint64_t>(1, limits->processors / std::max<uint64_t>(1, sequences));
+        const uint32_t each = (longest + splits - 1) / splits, rounds = (each + 11) / 12;
+        return {std::max(4u, (each + rounds - 1) / rounds), 1, 2, false};
+    }
+    if (units < 128 * limits->processors) return {12, 1, 4, true};
+    /* Several waves of short sequences: one block computes while the other starts or ends. */
+    if (sequences > 2 * limits->processors && units < 128 * sequences) return {8, 2, 4, true};
+    return form;
+}
+
 struct attend_launch attend_prepare(const struct attend_limits *limits, const struct kv_shape *shape,
                                     uint32_t count, const struct kv_attend *items, uint8_t *host,
                                     uint8_t *device) {
@@ -96,27 +126,6 @@ struct attend_launch attend_prepare(const struct attend_limits *limits, const st
     const struct attend_kernel *kernel =
         limits->kernel != NULL ? limits->kernel : &kernels_of(D)[mode][vectors_most > 4];
     launch.kernel = kernel;
-
-    /* As many stages as fit beside the other blocks of a multiprocessor, four at most; where
-     * not even two do, fewer blocks, then fewer warps. */
-    const uint32_t quads = kernel->vectors / 4;
-    uint32_t blocks = kernel->blocks_per_sm, warps = kernel->threads / 32, room;
-    for (;;) {
-        room = (limits->shared_max + 1024) / blocks - 2048;
-        call->stages = limits->stages != 0 ? limits->stages : 4;
-        for (;; call->stages--) {
-            launch.shared_bytes =
-                attend_layout_of(D, minmax, call->group_log, quads, warps, call->stages, call->stage_bytes).bytes;
-            if (launch.shared_bytes <= room || call->stages == 2) break;
-        }
-        if (launch.shared_bytes <= room) break;
-        if (blocks > 1)
-            blocks--;
-        else
-            warps--;
-        KV_CHECK(warps > 0);
-    }
-    launch.threads = 32 * warps;
 
     /* Units. */
     struct attend_item *out = call->items;
@@ -163,6 +172,29 @@ struct attend_launch attend_prepare(const struct attend_limits *limits, const st
     }
     used += visible_count * sizeof *visible;
     launch.upload_bytes = used;
+
+    /* As many stages as fit beside the other blocks of a multiprocessor, four at most; where
+     * not even two do, fewer blocks, then fewer warps. */
+    const uint32_t quads = kernel->vectors / 4;
+    const struct attend_form form = form_of(limits, kernel, out, count, shape->heads);
+    uint32_t blocks = form.blocks, warps = form.warps, room;
+    call->ahead = form.ahead;
+    for (;;) {
+        room = (limits->shared_max + 1024) / blocks - 2048;
+        call->stages = limits->stages != 0 ? limits->stages : form.stages;
+        for (;; call->stages--) {
+            launch.shared_bytes =
+                attend_layout_of(D, minmax, call->group_log, quads, warps, call->stages, call->stage_bytes).bytes;
+            if (launch.shared_bytes <= room || call->stages == 2) break;
+        }
+        if (launch.shared_bytes <= room) break;
+        if (blocks > 1)
+            blocks--;
+        else
+            warps--;
+        KV_CHECK(warps > 0);
+    }
+    launch.threads = 32 * warps;
 
     const uint32_t slots = limits->slots != 0 ? limits->slots : limits->processors * blocks;
     launch.grid = attend_plan(out, count, shape->heads, slots, warps, limits->parts_max);
@@ -217,6 +249,8 @@ cudaError_t attend_start(const struct attend_launch *launch, bool overlaps, cuda
     cudaLaunchAttribute overlap = {};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
+    struct attend_call call = launch->call;
+    call.ahead &= overlaps;
     cudaLaunchConfig_t config = {};
     config.gridDim = launch->grid;
     config.blockDim = launch->threads;
@@ -224,7 +258,7 @@ cudaError_t attend_start(const struct attend_launch *launch, bool overlaps, cuda
     config.stream = queue;
     config.attrs = &overlap;
     config.numAttrs = overlaps;
-    return cudaLaunchKernelEx(&config, launch->kernel->kernel, launch->call);
+    return cudaLaunchKernelEx(&config, launch->kernel->kernel, call);
 }
 
 void cuda_attend(struct kv_stream *base, const struct kv_shape *shape, uint32_t count,
@@ -240,5 +274,6 @@ void cuda_attend(struct kv_stream *base, const struct kv_shape *shape, uint32_t 
     launch.call.parts = stream->parts;
     launch.call.counters = stream->counters;
     cuda_upload_send(stream, upload, launch.upload_bytes);
-    cuda_ok(stream->device, attend_start(&launch, stream->device->overlaps, stream->queue));
+    /* The copy stands between this kernel and the one before. */
+    cuda_ok(stream->device, attend_start(&launch, false, stream->queue));
 }

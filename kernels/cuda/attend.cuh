@@ -47,6 +47,17 @@ KV_DEVICE void split_pair(uint32_t x, uint32_t &high, uint32_t &low) {
     low = fma2(sub2(x, sub2(high, ROUND)), BASE, ROUND);
 }
 
+/* Two digits of x * s in binary32, as integers in the low bytes: nothing is lost before the last. */
+KV_DEVICE void split_exact(float x, float s, uint32_t &high, uint32_t &low) {
+    constexpr float WHOLE = 0x1.8p23f; /* adding it leaves an integer in the low byte */
+    const float h = fmaf(x, s, WHOLE);
+    high = __float_as_uint(h);
+    low = __float_as_uint(fmaf(fmaf(x, s, WHOLE - h), DIGITS, WHOLE));
+}
+KV_DEVICE uint32_t low_bytes(const uint32_t (&x)[4]) {
+    return __byte_perm(__byte_perm(x[0], x[1], 0x0040), __byte_perm(x[2], x[3], 0x0040), 0x5410);
+}
+
 /* Four slots' bytes beside each other: words of the even and of the odd half. */
 KV_DEVICE void gather_bytes(const uint32_t (&half)[4], uint32_t &even, uint32_t &odd) {
     uint32_t a = __byte_perm(half[0], half[1], 0x6420), b = __byte_perm(half[2], half[3], 0x6420);
@@ -189,7 +200,7 @@ template <int D, int MODE, int NQ> struct worker {
     float plain[ROTATED ? NQ : 1][ROTATED ? TILES : 1][2];
     float largest[NQ], sum[NQ], zero[NQ];
     float unscale[NQ]; /* query units to log2 scores */
-    float coarse; /* share of call.refine_above that is left by what q, MINMAX: q s, loses as one f16 */
+    float coarse; /* share of call.refine_above that is left by what q loses as one f16 */
     uint32_t limit[NQ];
 
     KV_DEVICE worker(const attend_call &c, int lane_) : call(c), lane(lane_), g(lane_ >> 2), t(lane_ & 3) {
@@ -275,7 +286,8 @@ template <int D, int MODE, int NQ> struct worker {
 
     /* q . zeros, channel order, for the rows of both halves of A (two groups of tokens). */
     KV_DEVICE void zero_product(int q, uint32_t low_rows, uint32_t high_rows, float &low, float &high) {
-        float c[4] = {0, 0, 0, 0};
+        /* Two sums: a product waits for the one before it of the same sum. */
+        float c[4] = {0, 0, 0, 0}, d[4] = {0, 0, 0, 0};
         uint32_t b = (MINMAX && call.bf16 ? fragments_raw : fragments) + q * D * 16 + lane * 16;
 #pragma unroll
         for (int i = 0; i < D / 32; i++) {
@@ -284,13 +296,13 @@ template <int D, int MODE, int NQ> struct worker {
             uint4 y = MINMAX ? load_128(high_rows + i * 64 + t * 16) : x;
             if (MINMAX && call.bf16) {
                 mma_bf16(c, x.x, y.x, x.y, y.y, f.x, f.y);
-                mma_bf16(c, x.z, y.z, x.w, y.w, f.z, f.w);
+                mma_bf16(d, x.z, y.z, x.w, y.w, f.z, f.w);
             } else {
                 mma_f16(c, x.x, y.x, x.y, y.y, f.x, f.y);
-                mma_f16(c, x.z, y.z, x.w, y.w, f.z, f.w);
+                mma_f16(d, x.z, y.z, x.w, y.w, f.z, f.w);
             }
         }
-        low = c[0] + c[1], high = c[2] + c[3];
+        low = (c[0] + d[0]) + (c[1] + d[1]), high = (c[2] + d[2]) + (c[3] + d[3]);
     }
 
     /* ---- UNBIASED keys ---- */
@@ -350,7 +362,7 @@ template <int D, int MODE, int NQ> struct worker {
         uint32_t header = load_32(part);
         float factor = low_f16(header >> 16);
         __syncwarp();
-        return factor * (256.0f / 448.0f / DIGITS) / lift;
+        return __fdividef(factor * (256.0f / 448.0f / DIGITS), lift);
     }
 
     KV_DEVICE void unbiased_refine(uint32_t part, float lift) {
@@ -386,23 +398,96 @@ template <int D, int MODE, int NQ> struct worker {
 #pragma unroll
             for (int i = 0; i < 8; i++) score[q][i][0] = score[q][i][1] = base * unscale[q];
         }
-#pragma unroll 1
-        for (bool refined = false;; refined = true) {
-            unbiased_products(part, mix, unit, score);
-            if (refined || !too_coarse(unit, index)) break;
+        unbiased_products(part, mix, unit, score);
+        if (too_coarse(unit, index)) {
             unbiased_refine(part, lift);
-            unit *= 1 / FINER;
+            unbiased_products_any(part, mix, unit * (1 / FINER), score);
         }
     }
 
-    /* Adds codes times the digits in `words`. */
-    KV_DEVICE void unbiased_products(uint32_t part, uint32_t mix, float unit, float (&score)[NQ][8][2]) {
-        int sums[NQ][8][4];
+    KV_DEVICE static void clear(tile_sums<NQ> &sums) {
 #pragma unroll
         for (int q = 0; q < NQ; q++)
 #pragma unroll
             for (int i = 0; i < 8; i++) sums[q][i][0] = sums[q][i][1] = sums[q][i][2] = sums[q][i][3] = 0;
+    }
 
+    /* Adds codes times the digits in `words`. */
+    KV_DEVICE void unbiased_products(uint32_t part, uint32_t mix, float unit, float (&score)[NQ][8][2]) {
+        /* The mixes of the presets, straight on: the loads of all quarters are under way together. */
+        int sums[NQ][8][4];
+        clear(sums);
+        bool known = true;
+        if constexpr (ROTATED) { /* kivi1.5 */
+            if (mix == mix_word(2, 2, 1, 1))
+                key_mix<2, 2, 1, 1>(part, sums);
+            else if (mix == mix_word(2, 2, 2, 0))
+                key_mix<2, 2, 2, 0>(part, sums);
+            else if (mix == mix_word(4, 1, 1, 0))
+                key_mix<4, 1, 1, 0>(part, sums);
+            else if (mix == mix_word(4, 2, 0, 0))
+                key_mix<4, 2, 0, 0>(part, sums);
+            else
+                known = false;
+        } else { /* kivi2 */
+            if (mix == mix_word(2, 2, 2, 2))
+                key_mix<2, 2, 2, 2>(part, sums);
+            else if (mix == mix_word(4, 2, 1, 1))
+                key_mix<4, 2, 1, 1>(part, sums);
+            else if (mix == mix_word(4, 2, 2, 0))
+                key_mix<4, 2, 2, 0>(part, sums);
+            else if (mix == mix_word(4, 4, 0, 0))
+                key_mix<4, 4, 0, 0>(part, sums);
+            else
+                known = false;
+        }
+        if (!known) {
+            unbiased_products_any(part, mix, unit, score);
+            return;
+        }
+        add_scores(sums, (int)(mix & 255), unit, score);
+    }
+
+    KV_DEVICE static constexpr uint32_t mix_word(uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+        return a | b << 8 | c << 16 | d << 24;
+    }
+
+    /* All quarters of a mix, from the narrowest to the widest. */
+    template <int W0, int W1, int W2, int W3> KV_DEVICE void key_mix(uint32_t part, tile_sums<NQ> &sums) {
+        const uint32_t codes = part + call.map.key_codes;
+        if constexpr (W3 > 0)
+            key_quarter<W3, D, NQ, false>(codes + 4 * D * (W0 + W1 + W2), words + 3 * (D / 16) * 32, D * 8, 0, 0, lane, sums);
+        if constexpr (W3 > 0 && W3 != W2) recount<W3, W2, NQ>(sums);
+        if constexpr (W2 > 0)
+            key_quarter<W2, D, NQ, false>(codes + 4 * D * (W0 + W1), words + 2 * (D / 16) * 32, D * 8, 0, 0, lane, sums);
+        if constexpr (W2 > 0 && W2 != W1) recount<W2, W1, NQ>(sums);
+        key_quarter<W1, D, NQ, false>(codes + 4 * D * W0, words + (D / 16) * 32, D * 8, 0, 0, lane, sums);
+        if constexpr (W1 != W0) recount<W1, W0, NQ>(sums);
+        key_quarter<W0, D, NQ, false>(codes, words, D * 8, 0, 0, lane, sums);
+    }
+
+    /* Sums, counted as width does, become scores. */
+    KV_DEVICE void add_scores(const tile_sums<NQ> &sums, int width, float unit, float (&score)[NQ][8][2]) {
+#pragma unroll
+        for (int q = 0; q < NQ; q++) {
+            const float u = unit * unscale[q];
+            const float one = width == 4 ? 0x1p-4f : width == 2 ? 0x1p-2f : 0x1p-1f;
+            float count = u;
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                if (i > 0) count *= one;
+                if ((i & 1) == 0 && width == 4) count = u;
+                if ((i & 3) == 0 && width == 2) count = u;
+                score[q][i][0] = fmaf((float)(sums[q][i][0] * 254 + sums[q][i][1]), count, score[q][i][0]);
+                score[q][i][1] = fmaf((float)(sums[q][i][2] * 254 + sums[q][i][3]), count, score[q][i][1]);
+            }
+        }
+    }
+
+    /* The same for any mix. */
+    KV_DEVICE void unbiased_products_any(uint32_t part, uint32_t mix, float unit, float (&score)[NQ][8][2]) {
+        int sums[NQ][8][4];
+        clear(sums);
         uint32_t codes = part + call.map.key_codes + 4 * D * call.key_width_sum;
         int width = 0;
         /* From the last quarter to the first widths rise, so the counts are changed at most
@@ -425,20 +510,7 @@ template <int D, int MODE, int NQ> struct worker {
             }
             width = w;
         }
-#pragma unroll
-        for (int q = 0; q < NQ; q++) {
-            const float u = unit * unscale[q];
-            const float one = width == 4 ? 0x1p-4f : width == 2 ? 0x1p-2f : 0x1p-1f;
-            float count = u;
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                if (i > 0) count *= one;
-                if ((i & 1) == 0 && width == 4) count = u;
-                if ((i & 3) == 0 && width == 2) count = u;
-                score[q][i][0] = fmaf((float)(sums[q][i][0] * 254 + sums[q][i][1]), count, score[q][i][0]);
-                score[q][i][1] = fmaf((float)(sums[q][i][2] * 254 + sums[q][i][3]), count, score[q][i][1]);
-            }
-        }
+        add_scores(sums, width, unit, score);
     }
 
     /* ---- MINMAX keys ---- */
@@ -478,19 +550,18 @@ template <int D, int MODE, int NQ> struct worker {
                 uint2 s = load_64(part + call.map.key_scale + group * 2 * D + 8 * four);
 #pragma unroll
                 for (int q = 0; q < NQ; q++) {
-                    uint32_t high[2][4], low[2][4], word[8];
+                    uint32_t high[4][4], low[4][4], word[8];
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
-                        float scale = element((i < 2 ? s.x : s.y) >> (16 * (i & 1))) * lift;
-                        uint2 v = load_64(query + q * D * 8 + (4 * four + i) * 8);
-                        split_pair(pack_f16(low_f16(v.x) * scale, high_f16(v.x) * scale), high[0][i], low[0][i]);
-                        split_pair(pack_f16(low_f16(v.y) * scale, high_f16(v.y) * scale), high[1][i], low[1][i]);
+                        const float scale = element((i < 2 ? s.x : s.y) >> (16 * (i & 1))) * lift;
+                        const uint2 v = load_64(query + q * D * 8 + (4 * four + i) * 8);
+                        split_exact(low_f16(v.x), scale, high[0][i], low[0][i]);
+                        split_exact(high_f16(v.x), scale, high[1][i], low[1][i]);
+                        split_exact(low_f16(v.y), scale, high[2][i], low[2][i]);
+                        split_exact(high_f16(v.y), scale, high[3][i], low[3][i]);
                     }
 #pragma unroll
-                    for (int p = 0; p < 2; p++) {
-                        gather_bytes(high[p], word[4 * p], word[4 * p + 2]);
-                        gather_bytes(low[p], word[4 * p + 1], word[4 * p + 3]);
-                    }
+                    for (int v = 0; v < 4; v++) word[2 * v] = low_bytes(high[v]), word[2 * v + 1] = low_bytes(low[v]);
                     uint32_t target = words + (group * NQ + q) * D * 8 + four * 32;
                     store_128(target, word[0], word[1], word[2], word[3]);
                     store_128(target + 16, word[4], word[5], word[6], word[7]);
@@ -779,15 +850,15 @@ template <int D, int MODE, int NQ> struct worker {
             most = max_over_rows(most);
             weight[q] = advance(q, most) * 0x1p-6f;
             const float shift = most == -INFINITY ? 0 : 6.0f - most;
-            float total = 0;
+            float total[4] = {0, 0, 0, 0};
 #pragma unroll
             for (int i = 0; i < 8; i++)
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
                     p[q][i][r] = exp2_fast(p[q][i][r] + shift);
-                    total += p[q][i][r];
+                    total[2 * (i & 1) + r] += p[q][i][r];
                 }
-            page_sum[q] = over_rows(total);
+            page_sum[q] = over_rows((total[0] + total[1]) + (total[2] + total[3]));
             sum[q] = fmaf(page_sum[q], weight[q], sum[q]);
         }
     }
@@ -884,6 +955,23 @@ template <int D> struct feeder {
 
     KV_DEVICE uint4 unit(uint32_t i) const {
         return __ldg((const uint4 *)(units + (size_t)min(i, count - 1) * step));
+    }
+
+    /* Brings the first units as far as the L2 cache, while the kernel before may still write
+     * to them: the copies proper see what it wrote. */
+    KV_DEVICE void prefetch() const {
+#if KV_HAVE_BULK
+        if (lane >= min(count, (call.stages + 1) / 2)) return;
+        const uint4 u = unit(lane);
+        const char *page = (const char *)((uint64_t)u.y << 32 | u.x);
+        if (u.w >> 16 & 255) {
+            page += (size_t)(head * 128 + (u.w >> 24) * ATTEND_SLICE) * (2 * D);
+            prefetch_bulk(page, ATTEND_SLICE * 2 * D);
+            prefetch_bulk(page + call.raw_value_offset, ATTEND_SLICE * 2 * D);
+        } else {
+            prefetch_bulk(page + (size_t)head * call.map.record_bytes, call.map.record_bytes);
+        }
+#endif
     }
 
     /* Queues part number `issued` into its stage. */
@@ -1050,6 +1138,16 @@ KV_DEVICE void add_times(float4 &sum, float4 x, float f) {
     sum.x = fmaf(x.x, f, sum.x), sum.y = fmaf(x.y, f, sum.y), sum.z = fmaf(x.z, f, sum.z), sum.w = fmaf(x.w, f, sum.w);
 }
 
+KV_DEVICE void write_four(float *out, float4 x, closing how, bool merge) {
+    float4 result = {0, 0, 0, 0};
+    add_times(result, x, how.x);
+    if (merge) add_times(result, make_float4(out[0], out[1], out[2], out[3]), how.y);
+    if (((uintptr_t)out & 15) == 0)
+        *(float4 *)out = result;
+    else
+        out[0] = result.x, out[1] = result.y, out[2] = result.z, out[3] = result.w;
+}
+
 /* bench.cu's way of seeing where a launch's time goes. */
 #ifdef KV_ATTEND_TRACE
 enum { TRACE_BLOCKS = 1024, TRACE_POINTS = 12 };
@@ -1074,7 +1172,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __grid_constant_
     extern __shared__ __align__(128) char shared[];
     __shared__ uint32_t last;
     __shared__ closing closings[4 * NQ];
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    /* Said this way, the compiler knows that it is the same in all lanes. */
+    const int lane = threadIdx.x & 31, warp = __shfl_sync(ALL, threadIdx.x >> 5, 0);
     const int threads = blockDim.x, warps = threads / 32;
     trace(0), trace(1);
     const attend_layout at = attend_layout_of(D, MINMAX, call.group_log, NQ, warps, call.stages, call.stage_bytes);
@@ -1108,20 +1207,25 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __grid_constant_
         barrier_init_done();
         fence_bulk();
     }
-    launch_next(), wait_previous();
+    launch_next();
+    /* Units come from a copy, which a kernel behind it has waited for before it starts. */
+    if (feed.count > 0) unit = feed.next = feed.unit(0);
+    if (call.ahead) feed.prefetch();
+    __syncthreads();
+    wait_previous();
     trace(2);
     /* The query is asked for before the copies are: behind them it would wait for them all. */
     query_vector<D> vector;
     if (warp < VECTORS) vector.load(call, item, head, block * VECTORS + warp, lane);
-    if (feed.count > 0) unit = feed.next = feed.unit(0);
-    __syncthreads();
-    if (feed.count > 0) {
-        for (uint32_t i = 0; i < call.stages; i++) feed.issue();
-    }
+    /* Keys first: while all warps wait for their first, nothing else should be on its way. */
+    if (feed.count > 0) feed.issue();
     trace(3);
     for (int v = warp; v < VECTORS; v += warps) {
         if (v != warp) vector.load(call, item, head, block * VECTORS + v, lane);
         vector.template store<NQ>(call, item, at, shared, v, lane);
+    }
+    if (feed.count > 0) {
+        for (uint32_t i = 1; i < call.stages; i++) feed.issue();
     }
     __syncthreads();
     trace(4);
@@ -1130,7 +1234,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __grid_constant_
     work.fragments_raw = shared_address(shared) + at.fragments_raw;
     work.words = shared_address(shared) + at.scratch + warp * at.scratch_bytes;
     work.zeros = work.words + NQ * D * 8;
-    work.coarse = MINMAX ? 0.1f : item.dtype == KV_DTYPE_F32 ? 0.2f : 1.0f;
+    work.coarse = item.dtype == KV_DTYPE_F32 ? 0.2f : 1.0f;
 #pragma unroll
     for (int q = 0; q < NQ; q++) {
         work.unscale[q] = ((const float *)(shared + at.vectors))[4 * q + (lane & 3)];
@@ -1273,12 +1377,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __grid_constant_
         if (team < teams && s < splits && column / FOURS < (int)vectors) ahead[i] = __ldcg(column_of(s, column));
     }
     for (int v = warp; v < (int)vectors; v += warps) {
-        float most = -INFINITY, total = 0;
-        for (int s = lane; s < splits; s += 32) most = fmaxf(most, __ldcg(parts + ((size_t)s * VECTORS + v) * ROW + D));
+        auto pair_of = [&](int s) { return __ldcg((const float2 *)(parts + ((size_t)s * VECTORS + v) * ROW + D)); };
+        const float2 mine = lane < splits ? pair_of(lane) : make_float2(-INFINITY, 0);
+        float most = mine.x, total = 0;
+        for (int s = lane + 32; s < splits; s += 32) most = fmaxf(most, pair_of(s).x);
         for (int o = 16; o > 0; o /= 2) most = fmaxf(most, __shfl_xor_sync(ALL, most, o));
         const float base = most == -INFINITY ? 0 : most;
         for (int s = lane; s < splits; s += 32) {
-            const float2 one = __ldcg((const float2 *)(parts + ((size_t)s * VECTORS + v) * ROW + D));
+            const float2 one = s == lane ? mine : pair_of(s);
             const float f = exp2_fast(one.x - base);
             factor[v * splits + s] = f;
             total += f * one.y;
@@ -1309,14 +1415,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __grid_constant_
             for (int other = 1; other < teams; other++) add_times(x, rows[other * COLUMNS + column], 1.0f);
         }
         if (v >= (int)vectors) continue;
-        float *out = item.out + row_of(v) * D + column % FOURS * 4;
-        float4 result = {0, 0, 0, 0};
-        add_times(result, x, closings[v].x);
-        if (item.merge) add_times(result, make_float4(out[0], out[1], out[2], out[3]), closings[v].y);
-        if (((uintptr_t)out & 15) == 0)
-            *(float4 *)out = result;
-        else
-            out[0] = result.x, out[1] = result.y, out[2] = result.z, out[3] = result.w;
+        write_four(item.out + row_of(v) * D + column % FOURS * 4, x, closings[v], item.merge);
     }
     trace(10);
 }

@@ -60,13 +60,15 @@ struct attend_call {
     uint8_t key_bits, value_bits, group_log, bf16;
     uint32_t stage_bytes;
     uint32_t stages;
+    uint32_t ahead; /* while the kernel before still runs, bring the first units into the L2 cache */
     /* Log2 units that the last of two digits may be worth: [mix], MINMAX: [0]. */
     float refine_above[KV_MIX_COUNT_MAX];
 };
 
 enum attend_mode { ATTEND_PLAIN, ATTEND_ROTATED, ATTEND_MINMAX };
 
-/* One instance of the kernel and how to launch it. */
+/* One instance of the kernel and how to launch it, unless the plan knows better: fewer threads
+ * always do. */
 struct attend_kernel {
     void (*kernel)(struct attend_call);
     uint32_t threads;

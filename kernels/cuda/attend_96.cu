@@ -6,7 +6,7 @@
     { attend<96, mode, quads, threads, blocks>, threads, blocks, 4 * quads }
 
 const struct attend_kernel attend_kernels_96[3][2] = {
-    {INSTANCE(ATTEND_PLAIN, 1, 256, 2), INSTANCE(ATTEND_PLAIN, 2, 256, 1)},
-    {INSTANCE(ATTEND_ROTATED, 1, 256, 2), INSTANCE(ATTEND_ROTATED, 2, 256, 1)},
-    {INSTANCE(ATTEND_MINMAX, 1, 256, 1), INSTANCE(ATTEND_MINMAX, 2, 256, 1)},
+    {INSTANCE(ATTEND_PLAIN, 1, 512, 1), INSTANCE(ATTEND_PLAIN, 2, 384, 1)},
+    {INSTANCE(ATTEND_ROTATED, 1, 512, 1), INSTANCE(ATTEND_ROTATED, 2, 256, 1)},
+    {INSTANCE(ATTEND_MINMAX, 1, 384, 1), INSTANCE(ATTEND_MINMAX, 2, 256, 1)},
 };

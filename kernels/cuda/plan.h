@@ -10,7 +10,7 @@ struct attend_limits {
     uint32_t processors;
     uint32_t shared_max; /* bytes of shared memory a block may have */
     uint32_t slots;      /* blocks that run at once; 0: as the kernel was tuned */
-    uint32_t stages;     /* most stages of a warp; 0: as many as fit */
+    uint32_t stages;     /* most stages of a warp; 0: as tuned, if they fit */
     size_t parts_max;    /* partial results there is room for */
     float coarse;        /* times as coarse as usual may digits be; 0: 1 */
     const struct attend_kernel *kernel; /* NULL: the one that fits shape and rows */

@@ -284,6 +284,12 @@ KV_DEVICE void copy_bulk(uint32_t target, const void *source, uint32_t bytes, ui
                  : "memory");
 #endif
 }
+/* Into the L2 cache only: a hint, whoever writes there meanwhile. */
+KV_DEVICE void prefetch_bulk(const void *source, uint32_t bytes) {
+#if KV_HAVE_BULK
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
+#endif
+}
 /* Orders this thread's writes to shared memory before later bulk copies into it. */
 KV_DEVICE void fence_bulk() {
 #if KV_HAVE_BULK
