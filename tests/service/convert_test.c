@@ -279,6 +279,39 @@ static void a_fetched_page_says_what_it_is(void **state) {
     kivi__v1__fetch_response__free_unpacked(answer, NULL);
 }
 
+/* A cold block that cannot be read or does not verify costs its own item, and says so to the client in
+ * gRPC's words; the items beside it are answered. */
+static void an_attended_item_that_failed(void **state) {
+    memset(&request, 0, sizeof request);
+    request.attend.id = 77, request.attend.item_count = 3;
+    struct kv_attend_item *items = request.attend.items;
+    items[0].status = KV_CORRUPT, items[0].length = 300;
+    strcpy(items[0].field, "session");
+    strcpy(items[0].message, "the block at token 128 failed its checksum and is gone");
+    items[1].status = KV_IO_ERROR, items[1].length = 400;
+    strcpy(items[1].field, "session");
+    strcpy(items[1].message, "the block at token 0 could not be read");
+    items[2].status = KV_OK, items[2].length = 500;
+    request.reply_bytes = 1000; /* the third's */
+    sent_bytes = 0;
+    kv_encode_attend(&request, room, NULL);
+    assert_true(sent_bytes + request.reply_bytes <= sizeof sent);
+    memset(sent + sent_bytes, 0x5a, request.reply_bytes);
+    Kivi__V1__AttendResponse *answer =
+        kivi__v1__attend_response__unpack(NULL, sent_bytes + request.reply_bytes, sent);
+    assert_non_null(answer);
+    assert_int_equal(answer->id, 77);
+    assert_int_equal(answer->n_items, 3);
+    assert_int_equal(answer->items[0]->code, 15); /* DATA_LOSS */
+    assert_string_equal(answer->items[0]->message,
+                        "session: the block at token 128 failed its checksum and is gone");
+    assert_int_equal(answer->items[1]->code, 14); /* UNAVAILABLE: may be tried again */
+    assert_string_equal(answer->items[1]->message, "session: the block at token 0 could not be read");
+    assert_int_equal(answer->items[2]->code, 0);
+    assert_true(answer->items[0]->length == 300 && answer->items[2]->length == 500);
+    kivi__v1__attend_response__free_unpacked(answer, NULL);
+}
+
 static int setup(void **state) {
     staging = aligned_alloc(4096, STAGING);
     return staging == NULL;
@@ -300,6 +333,7 @@ int main(void) {
         cmocka_unit_test(a_message_of_very_many_parts),
         cmocka_unit_test(codes_and_sentences),
         cmocka_unit_test(a_fetched_page_says_what_it_is),
+        cmocka_unit_test(an_attended_item_that_failed),
     };
     return cmocka_run_group_tests(tests, setup, teardown);
 }

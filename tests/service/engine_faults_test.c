@@ -103,8 +103,14 @@ static enum kv_status attend(struct setting *s, float answer[ANSWER]) {
     lab_wait(request);
     enum kv_status status = request->status;
     if (status == KV_OK) {
-        status = request->attend.items[0].status;
-        if (status != KV_OK) assert_true(request->attend.items[0].message[0] != 0);
+        const struct kv_attend_item *item = &request->attend.items[0];
+        status = item->status;
+        /* A client learns whose cache it was, and from which token on. */
+        if (status != KV_OK) {
+            assert_string_equal(item->field, "session");
+            assert_non_null(strstr(item->message, "the block at token "));
+            assert_int_equal(item->length, TOKENS); /* and that its length is what it was */
+        }
     }
     assert_int_equal(request->reply_bytes, status == KV_OK ? ANSWER * sizeof(float) : 0);
     if (status == KV_OK)
@@ -248,6 +254,52 @@ static void a_cancelled_restore_is_let_go(void **state) {
     assert_int_equal(lab_close_session(&s->lab, s->session, false), KV_OK);
 }
 
+/* How many requests with a buffer can be had at once; all are given back. */
+static uint32_t buffers_free(struct setting *s) {
+    struct kv_request *taken[256];
+    uint32_t count = 0;
+    while (count < 256 && (taken[count] = kv_engine_acquire(s->lab.engine, true))) count++;
+    for (uint32_t i = 0; i < count; i++) kv_engine_release(s->lab.engine, taken[i]);
+    return count;
+}
+
+/* Deadlines and cancellations at any moment of a restore from disk: in time there is the right answer, too
+ * late the right code and nothing else.  What was being read is whole and is served afterwards, every
+ * buffer is back, and (lab_close() checks it) no block is left pinned. */
+static void a_restore_may_be_stopped_at_any_moment(void **state) {
+    enum { ROUNDS = 40, SLOW_US = 20000 };
+    struct setting *s = *state;
+    struct lab_random random = {lab_seed()};
+    uint32_t buffers = buffers_free(s), stopped = 0;
+    for (int i = 0; i < ROUNDS; i++) {
+        lab_close(&s->lab); /* cold again */
+        reopen(s);
+        mood_set(KV_IO_READ, 0, SLOW_US);
+        bool by_deadline = i % 2;
+        uint64_t moment = (uint64_t)(lab_uniform(&random) * 2 * SLOW_US);
+        struct kv_request *request = attend_begin(s, by_deadline ? clock_us() + moment : 0);
+        if (!by_deadline) {
+            usleep((useconds_t)moment);
+            atomic_store(&request->cancelled, true);
+        }
+        lab_wait(request);
+        if (request->status == KV_OK) {
+            assert_int_equal(request->attend.items[0].status, KV_OK);
+            assert_memory_equal(request->staging + request->reply_offset, s->truth, sizeof s->truth);
+        } else {
+            assert_int_equal(request->status, by_deadline ? KV_DEADLINE : KV_CANCELLED);
+            assert_int_equal(request->reply_bytes, 0);
+            stopped++;
+        }
+        lab_done(&s->lab, request);
+        mood_good();
+        attends_rightly(s);
+        assert_int_equal(buffers_free(s), buffers);
+        assert_int_equal(lab_stats(&s->lab).store.corruptions, 0);
+    }
+    assert_true(stopped > ROUNDS / 8); /* else it tests nothing */
+}
+
 /* ---- Writes -------------------------------------------------------------------------------------- */
 
 /* While the disk refuses, what is in memory stays there and is answered from; a commit says that it has
@@ -294,6 +346,7 @@ int main(void) {
         TEST(spoilt_bytes_are_never_attended),
         TEST(a_deadline_does_not_wait_for_the_disk),
         TEST(a_cancelled_restore_is_let_go),
+        TEST(a_restore_may_be_stopped_at_any_moment),
         TEST(writes_that_fail),
         TEST(a_full_disk),
         TEST(a_sync_that_fails),
