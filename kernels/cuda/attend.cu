@@ -48,9 +48,10 @@ static uint32_t log2_of(uint32_t x) {
 }
 
 /* What the last of two digits may be worth, in log2 units, for scores that are off by 2.6e-4
- * (one standard deviation): every digit is off by up to half a last one, times its code. */
+ * (one standard deviation): every digit is off by up to half a last one, times what its code is off
+ * the middle one, which is made up for. */
 static float refine_above(uint32_t head_dim, const uint8_t widths[KV_QUARTERS]) {
-    static const float squares[] = {0, 0.5f, 3.5f, 0, 77.5f}; /* mean of code^2, by width */
+    static const float squares[] = {0, 0.25f, 1.25f, 0, 21.25f}; /* variance of codes, by width */
     float sum = 0;
     for (uint32_t q = 0; q < KV_QUARTERS; q++) sum += (float)head_dim / KV_QUARTERS * squares[widths[q]];
     return 2.6e-4f * 1.4427f / 0.2887f / sqrtf(std::max(sum, 1.0f));

@@ -34,11 +34,14 @@ constexpr uint32_t ROUND = 0x66006600u;  /* 1536: adding it leaves an integer in
 constexpr uint32_t BASE = 0x5bf05bf0u;   /* 254 */
 constexpr float DIGITS = 254.0f;
 
-/* Two digits of x * s for two values at once, as integers in the low bytes of the halves. */
-KV_DEVICE void split_product(uint32_t x, uint32_t s, uint32_t &high, uint32_t &low) {
+/* Two digits of x * s for two values at once, as integers in the low bytes of the halves.  Returns
+ * what they leave, in units of the last. */
+KV_DEVICE uint32_t split_product(uint32_t x, uint32_t s, uint32_t &high, uint32_t &low) {
     high = fma2(x, s, ROUND);
     uint32_t whole = sub2(high, ROUND);
-    low = fma2(fma2(x, s, whole ^ 0x80008000u), BASE, ROUND);
+    uint32_t rest = fma2(x, s, whole ^ 0x80008000u);
+    low = fma2(rest, BASE, ROUND);
+    return fma2(rest, BASE, sub2(ROUND, low));
 }
 
 /* The same of a pair that is already there. */
@@ -48,11 +51,12 @@ KV_DEVICE void split_pair(uint32_t x, uint32_t &high, uint32_t &low) {
 }
 
 /* Two digits of x * s in binary32, as integers in the low bytes: nothing is lost before the last. */
-KV_DEVICE void split_exact(float x, float s, uint32_t &high, uint32_t &low) {
+KV_DEVICE float split_exact(float x, float s, uint32_t &high, uint32_t &low) {
     constexpr float WHOLE = 0x1.8p23f; /* adding it leaves an integer in the low byte */
-    const float h = fmaf(x, s, WHOLE);
+    const float h = fmaf(x, s, WHOLE), rest = fmaf(x, s, WHOLE - h), l = fmaf(rest, DIGITS, WHOLE);
     high = __float_as_uint(h);
-    low = __float_as_uint(fmaf(fmaf(x, s, WHOLE - h), DIGITS, WHOLE));
+    low = __float_as_uint(l);
+    return fmaf(rest, DIGITS, WHOLE - l);
 }
 KV_DEVICE uint32_t low_bytes(const uint32_t (&x)[4]) {
     return __byte_perm(__byte_perm(x[0], x[1], 0x0040), __byte_perm(x[2], x[3], 0x0040), 0x5410);
@@ -254,6 +258,16 @@ template <int D, int MODE, int NQ> struct worker {
         return fmaxf(x, __shfl_xor_sync(ALL, x, 16));
     }
 
+    /* Sums over the lanes; of the four of a quad each lane keeps its own vector's. */
+    KV_DEVICE float own_sum(const float (&x)[4]) const {
+        const bool odd = lane & 1, second = lane & 2;
+        float a = odd ? x[1] : x[0], b = odd ? x[3] : x[2];
+        a += __shfl_xor_sync(ALL, odd ? x[0] : x[1], 1);
+        b += __shfl_xor_sync(ALL, odd ? x[2] : x[3], 1);
+        const float mine = second ? b : a;
+        return over_rows(mine + __shfl_xor_sync(ALL, second ? a : b, 2));
+    }
+
     /* Two more digits of q s for four slots, in the place of the first two.  They also hold
      * what q loses as one f16.  scale: lifted. */
     KV_DEVICE void refine_four(uint32_t target, int q, const uint32_t (&channel)[4], const float (&scale)[4]) {
@@ -308,8 +322,10 @@ template <int D, int MODE, int NQ> struct worker {
     /* ---- UNBIASED keys ---- */
 
     /* Columns of q s for every slot, into `words`; zeros in channel order, into `zeros`.
-     * Returns what turns a sum of digits times codes into q.k. */
-    KV_DEVICE float unbiased_columns(uint32_t part, float &lift) {
+     * Returns what turns a sum of digits times codes into q.k.  left: what the digits leave of q s,
+     * times the middle code of its width, in the same units as such a sum: the codes' mean is
+     * made up for, and only their spread counts as noise. */
+    KV_DEVICE float unbiased_columns(uint32_t part, uint32_t mix, float &lift, float (&left)[NQ]) {
         constexpr int MINE = (D / 4 + 31) / 32; /* groups of four slots of this lane */
         uint32_t pair[MINE][4][NQ][2], scale[MINE][4], most = 0;
         const uint32_t key_order = part + call.map.key_order, key_scale = part + call.map.key_scale,
@@ -338,19 +354,26 @@ template <int D, int MODE, int NQ> struct worker {
         most = __reduce_max_sync(ALL, max(most & 0xffff, most >> 16));
         lift = digit_lift(low_f16(most), 0x1p14f);
         const uint32_t lifts = pack_f16(lift, lift);
+        float rests[NQ][4];
+#pragma unroll
+        for (int q = 0; q < NQ; q++) rests[q][0] = rests[q][1] = rests[q][2] = rests[q][3] = 0;
 #pragma unroll
         for (int m = 0; m < MINE; m++) {
             const int four = lane + 32 * m;
             if (D % 128 != 0 && four >= D / 4) continue;
+            const float middle = (float)((1 << (mix >> (16 * four / D * 8) & 255)) - 1) * 0.5f;
 #pragma unroll
             for (int q = 0; q < NQ; q++) {
                 uint32_t word[8];
 #pragma unroll
                 for (int p = 0; p < 2; p++) {
-                    uint32_t high[4], low[4];
+                    uint32_t high[4], low[4], rest[4];
 #pragma unroll
                     for (int i = 0; i < 4; i++)
-                        split_product(pair[m][i][q][p], mul2(scale[m][i], lifts), high[i], low[i]);
+                        rest[i] = split_product(pair[m][i][q][p], mul2(scale[m][i], lifts), high[i], low[i]);
+                    const uint32_t all = add2(add2(rest[0], rest[1]), add2(rest[2], rest[3]));
+                    rests[q][2 * p] = fmaf(low_f16(all), middle, rests[q][2 * p]);
+                    rests[q][2 * p + 1] = fmaf(high_f16(all), middle, rests[q][2 * p + 1]);
                     gather_bytes(high, word[4 * p], word[4 * p + 2]);
                     gather_bytes(low, word[4 * p + 1], word[4 * p + 3]);
                 }
@@ -361,6 +384,8 @@ template <int D, int MODE, int NQ> struct worker {
         }
         uint32_t header = load_32(part);
         float factor = low_f16(header >> 16);
+#pragma unroll
+        for (int q = 0; q < NQ; q++) left[q] = own_sum(rests[q]);
         __syncwarp();
         return __fdividef(factor * (256.0f / 448.0f / DIGITS), lift);
     }
@@ -387,19 +412,23 @@ template <int D, int MODE, int NQ> struct worker {
     /* Scores of a packed page in log2 units: [tile][r] is token 16 tile + 4 (g / 2) + (g & 1)
      * + 2 r. */
     KV_DEVICE void unbiased_scores(uint32_t part, float (&score)[NQ][8][2]) {
-        float lift, unit = unbiased_columns(part, lift);
         uint32_t index = load_u8(part);
         index = index < call.mix_count ? index : 0;
         const uint32_t mix = call.mixes[index];
+        float lift, left[NQ];
+        const float unit = unbiased_columns(part, mix, lift, left);
+        const bool coarse = too_coarse(unit, index);
 #pragma unroll
         for (int q = 0; q < NQ; q++) {
             float base, unused;
             zero_product(q, zeros, zeros, base, unused);
+            /* More digits leave nothing to make up for. */
+            if (!coarse) base = fmaf(left[q], unit, base);
 #pragma unroll
             for (int i = 0; i < 8; i++) score[q][i][0] = score[q][i][1] = base * unscale[q];
         }
         unbiased_products(part, mix, unit, score);
-        if (too_coarse(unit, index)) {
+        if (coarse) {
             unbiased_refine(part, lift);
             unbiased_products_any(part, mix, unit * (1 / FINER), score);
         }
@@ -519,7 +548,8 @@ template <int D, int MODE, int NQ> struct worker {
         return call.bf16 ? low_bf16(half) : low_f16(half & 0xffff);
     }
 
-    KV_DEVICE float minmax_columns(uint32_t part, float &lift) {
+    /* left: as above, [key group]. */
+    KV_DEVICE float minmax_columns(uint32_t part, float &lift, float (&left)[4][NQ]) {
         constexpr int MINE = (D / 4 + 31) / 32;
         const int key_groups = 128 >> call.group_log;
         float most = 0;
@@ -542,7 +572,11 @@ template <int D, int MODE, int NQ> struct worker {
             }
         most = __uint_as_float(__reduce_max_sync(ALL, __float_as_uint(most)));
         lift = digit_lift(most, 0x1p100f);
-        for (int group = 0; group < key_groups; group++)
+        const float middle = call.key_bits == 2 ? 1.5f : 7.5f;
+        for (int group = 0; group < key_groups; group++) {
+            float rests[NQ][4];
+#pragma unroll
+            for (int q = 0; q < NQ; q++) rests[q][0] = rests[q][1] = rests[q][2] = rests[q][3] = 0;
 #pragma unroll
             for (int m = 0; m < MINE; m++) {
                 const int four = lane + 32 * m;
@@ -555,10 +589,10 @@ template <int D, int MODE, int NQ> struct worker {
                     for (int i = 0; i < 4; i++) {
                         const float scale = element((i < 2 ? s.x : s.y) >> (16 * (i & 1))) * lift;
                         const uint2 v = load_64(query + q * D * 8 + (4 * four + i) * 8);
-                        split_exact(low_f16(v.x), scale, high[0][i], low[0][i]);
-                        split_exact(high_f16(v.x), scale, high[1][i], low[1][i]);
-                        split_exact(low_f16(v.y), scale, high[2][i], low[2][i]);
-                        split_exact(high_f16(v.y), scale, high[3][i], low[3][i]);
+                        rests[q][0] += split_exact(low_f16(v.x), scale, high[0][i], low[0][i]);
+                        rests[q][1] += split_exact(high_f16(v.x), scale, high[1][i], low[1][i]);
+                        rests[q][2] += split_exact(low_f16(v.y), scale, high[2][i], low[2][i]);
+                        rests[q][3] += split_exact(high_f16(v.y), scale, high[3][i], low[3][i]);
                     }
 #pragma unroll
                     for (int v = 0; v < 4; v++) word[2 * v] = low_bytes(high[v]), word[2 * v + 1] = low_bytes(low[v]);
@@ -567,6 +601,14 @@ template <int D, int MODE, int NQ> struct worker {
                     store_128(target + 16, word[4], word[5], word[6], word[7]);
                 }
             }
+#pragma unroll
+            for (int q = 0; q < NQ; q++) {
+                const float sum_left = own_sum(rests[q]) * middle;
+#pragma unroll
+                for (int g4 = 0; g4 < 4; g4++)
+                    if (g4 == group) left[g4][q] = sum_left;
+            }
+        }
         __syncwarp();
         return 1.0f / (DIGITS * lift);
     }
@@ -592,7 +634,13 @@ template <int D, int MODE, int NQ> struct worker {
     }
 
     KV_DEVICE void minmax_scores(uint32_t part, float (&score)[NQ][8][2]) {
-        float lift, unit = minmax_columns(part, lift);
+        float lift, left[4][NQ];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+#pragma unroll
+            for (int q = 0; q < NQ; q++) left[i][q] = 0;
+        const float unit = minmax_columns(part, lift, left);
+        const bool coarse = too_coarse(unit, 0);
         const int tiles_log = call.group_log - 4;
 #pragma unroll
         for (int q = 0; q < NQ; q++) {
@@ -604,15 +652,15 @@ template <int D, int MODE, int NQ> struct worker {
                     float unused;
                     zero_product(q, row, row, z, unused);
                 }
-                score[q][i][0] = score[q][i][1] = z * unscale[q];
+                const float more = tiles_log == 1 ? left[i >> 1][q] : tiles_log == 2 ? left[i >> 2][q] : left[0][q];
+                score[q][i][0] = score[q][i][1] = (coarse ? z : fmaf(more, unit, z)) * unscale[q];
             }
         }
 #pragma unroll 1
         for (bool refined = false;; refined = true) {
-            minmax_products(part, unit, score);
-            if (refined || !too_coarse(unit, 0)) break;
+            minmax_products(part, refined ? unit * (1 / FINER) : unit, score);
+            if (refined || !coarse) break;
             minmax_refine(part, lift);
-            unit *= 1 / FINER;
         }
     }
 
@@ -1234,7 +1282,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS) attend(const __grid_constant_
     work.fragments_raw = shared_address(shared) + at.fragments_raw;
     work.words = shared_address(shared) + at.scratch + warp * at.scratch_bytes;
     work.zeros = work.words + NQ * D * 8;
-    work.coarse = item.dtype == KV_DTYPE_F32 ? 0.2f : 1.0f;
+    work.coarse = item.dtype == KV_DTYPE_F32 ? 0.12f : 1.0f;
 #pragma unroll
     for (int q = 0; q < NQ; q++) {
         work.unscale[q] = ((const float *)(shared + at.vectors))[4 * q + (lane & 3)];

@@ -145,6 +145,11 @@ KV_DEVICE uint32_t mul2(uint32_t a, uint32_t b) {
     asm("mul.rn.f16x2 %0,%1,%2;" : "=r"(r) : "r"(a), "r"(b));
     return r;
 }
+KV_DEVICE uint32_t add2(uint32_t a, uint32_t b) {
+    uint32_t r;
+    asm("add.rn.f16x2 %0,%1,%2;" : "=r"(r) : "r"(a), "r"(b));
+    return r;
+}
 KV_DEVICE uint32_t sub2(uint32_t a, uint32_t b) {
     uint32_t r;
     asm("sub.rn.f16x2 %0,%1,%2;" : "=r"(r) : "r"(a), "r"(b));
