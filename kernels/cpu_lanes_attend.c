@@ -452,32 +452,53 @@ static void page_packed(const struct kv_cpu_attend *task, struct work *work, con
 
 /* ---- raw pages -------------------------------------------------------------------------- */
 
-static void raw_scores(const struct kv_cpu_attend *task, struct work *work, const struct span *span,
-                       const uint16_t *keys) {
-    uint32_t D = task->shape->head_dim;
-    int bf16   = task->shape->dtype == KV_DTYPE_BF16;
+/* Four vectors and no more: see cpu_lanes_raw.h. */
+KV_INLINE void raw_scores_four(struct work *work, const struct span *span, const float *query,
+                               const uint16_t *keys, uint32_t D, const enum raw_kind kind) {
+    for (uint32_t t = 0; t < span->tokens; t += 4) {
+        const void *row[4];
+        float score[4][T];
+        for (uint32_t j = 0; j < 4; j++)
+            row[j] = keys + (t + j < span->tokens ? t + j : span->tokens - 1) * D;
+        raw_dot(query, D, row, kind, 4, LOG2_E, score);
+        for (uint32_t k = 0; k < 4; k++)
+            memcpy(work->score[k] + t, score[k], 16);
+    }
+}
+
+static void raw_scores_many(struct work *work, const struct span *span, const float *query,
+                            const uint16_t *keys, uint32_t D, int bf16) {
+    const void *const row[4] = {work->row[0], work->row[1], work->row[2], work->row[3]};
     for (uint32_t t = 0; t < span->tokens; t += 4) {
         for (uint32_t j = 0; j < 4; j++) {
             /* Rows past the end repeat the last one: their scores are not seen, but are finite. */
             const uint16_t *key = keys + (t + j < span->tokens ? t + j : span->tokens - 1) * D;
             for (uint32_t c = 0; c < D; c += 16)
-                v_store(work->row[j] + c, v_mul(v_load_half(key + c, bf16), v_set(LOG2_E)));
+                v_store(work->row[j] + c, v_load_half(key + c, bf16));
         }
-        const float(*row)[KV_HEAD_DIM_MAX] = (const float(*)[KV_HEAD_DIM_MAX])work->row;
-        const float *query                 = task->query + (size_t)span->first * D;
-        uint32_t i                         = 0;
+        uint32_t i = 0;
         for (; i + 4 <= span->count; i += 4) {
             float score[4][T];
-            raw_dot(query + (size_t)i * D, D, row, 4, score);
+            raw_dot(query + (size_t)i * D, D, row, RAW_WIDE, 4, LOG2_E, score);
             for (uint32_t k = 0; k < 4; k++)
                 memcpy(work->score[i + k] + t, score[k], 16);
         }
         for (; i < span->count; i++) {
             float score[1][T];
-            raw_dot(query + (size_t)i * D, D, row, 1, score);
+            raw_dot(query + (size_t)i * D, D, row, RAW_WIDE, 1, LOG2_E, score);
             memcpy(work->score[i] + t, score[0], 16);
         }
     }
+}
+
+static void raw_scores(const struct kv_cpu_attend *task, struct work *work, const struct span *span,
+                       const uint16_t *keys) {
+    uint32_t D         = task->shape->head_dim;
+    int bf16           = task->shape->dtype == KV_DTYPE_BF16;
+    const float *query = task->query + (size_t)span->first * D;
+    if (span->count != 4) raw_scores_many(work, span, query, keys, D, bf16);
+    else if (bf16) raw_scores_four(work, span, query, keys, D, RAW_BF16);
+    else raw_scores_four(work, span, query, keys, D, RAW_F16);
     for (uint32_t t = (span->tokens + 3) & ~3u; t < T; t++)
         for (uint32_t i = 0; i < span->count; i++)
             work->score[i][t] = 0;
@@ -489,14 +510,16 @@ static void fade_rows(float *rows, uint32_t D, const float *fade, uint32_t count
             v_store(rows + i * D + c, v_mul(v_load(rows + i * D + c), v_set(fade[i])));
 }
 
-static void raw_values(const struct kv_cpu_attend *task, struct work *work, const struct span *span,
-                       const uint16_t *values) {
-    uint32_t D = task->shape->head_dim;
-    int bf16   = task->shape->dtype == KV_DTYPE_BF16;
-    float *out = task->out + (size_t)span->first * D;
-    fade_rows(out, D, work->fade, span->count);
-    if (task->shape->codec.value_rotated)
-        fade_rows(work->coded + (size_t)span->first * D, D, work->fade, span->count);
+KV_INLINE void raw_values_four(struct work *work, const struct span *span, const uint16_t *values,
+                               float *out, uint32_t D, const enum raw_kind kind) {
+    for (uint32_t c = 0; c < D; c += 64) {
+        struct raw_rows rows = {values, D, c, span->tokens};
+        raw_add(work->score, rows, kind, out + c, D, 4, 4);
+    }
+}
+
+static void raw_values_many(struct work *work, const struct span *span, const uint16_t *values,
+                            float *out, uint32_t D, int bf16) {
     for (uint32_t t = 0; t < span->tokens; t += 16) {
         uint32_t tokens = span->tokens - t < 16 ? span->tokens - t : 16;
         for (uint32_t j = 0; j < tokens; j++)
@@ -508,14 +531,28 @@ static void raw_values(const struct kv_cpu_attend *task, struct work *work, cons
             for (uint32_t k = 0; k < n; k++)
                 memcpy(p[k], work->score[i + k] + t, 16 * sizeof(float));
             for (uint32_t c = 0; c < D; c += 32) {
-                float *to = out + (size_t)i * D + c;
+                float *to            = out + (size_t)i * D + c;
+                struct raw_rows rows = {work->row[0], KV_HEAD_DIM_MAX, c, tokens};
                 if (n == 4)
-                    raw_add(p, tokens, work->row[0] + c, to, D, 2, 4);
+                    raw_add(p, rows, RAW_WIDE, to, D, 2, 4);
                 else
-                    raw_add(p, tokens, work->row[0] + c, to, D, 2, 1);
+                    raw_add(p, rows, RAW_WIDE, to, D, 2, 1);
             }
         }
     }
+}
+
+static void raw_values(const struct kv_cpu_attend *task, struct work *work, const struct span *span,
+                       const uint16_t *values) {
+    uint32_t D = task->shape->head_dim;
+    int bf16   = task->shape->dtype == KV_DTYPE_BF16;
+    float *out = task->out + (size_t)span->first * D;
+    fade_rows(out, D, work->fade, span->count);
+    if (task->shape->codec.value_rotated)
+        fade_rows(work->coded + (size_t)span->first * D, D, work->fade, span->count);
+    if (span->count != 4 || D % 64 != 0) raw_values_many(work, span, values, out, D, bf16);
+    else if (bf16) raw_values_four(work, span, values, out, D, RAW_BF16);
+    else raw_values_four(work, span, values, out, D, RAW_F16);
 }
 
 static void page_raw(const struct kv_cpu_attend *task, struct work *work,
