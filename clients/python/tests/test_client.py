@@ -3,11 +3,13 @@
 is refused with the field's name, and what was committed survives kill -9."""
 
 import asyncio
+import signal
 
 import numpy as np
 import pytest
 
 import kivi
+import kivi._frames
 import kivi.aio
 
 RAW = kivi.Layout(layers=2, kv_heads=2, query_heads=8, head_dim=64, codec="raw16")
@@ -200,6 +202,45 @@ def test_nobody_there_is_unavailable(tmp_path):
     with kivi.Client(f"unix://{tmp_path}/none.sock", retries=1, timeout=5) as nobody:
         with pytest.raises(kivi.Unavailable):
             nobody.stats()
+
+
+@pytest.fixture(params=["direct", "iterator"])
+def stream(request, monkeypatch):
+    """Both ways to drive a stream; the second is what an unknown grpcio gets."""
+    if request.param == "iterator":
+        monkeypatch.setattr(kivi._frames, "cygrpc", None)
+    return {"direct": kivi._frames._DirectStream, "iterator": kivi._frames._IteratorStream}[
+        request.param]
+
+
+def test_a_stream_answers_fails_and_opens_again(daemon, client, stream):
+    k, v = tokens(RAW, 20)
+    s = client.session("a", RAW)
+    assert s.append(0, k, v) == 20
+    assert isinstance(s._appends._stream, stream)
+    with pytest.raises(kivi.Aborted):
+        s.append(0, k, v, expected_length=3)
+    assert s.append(0, k, v) == 40
+    daemon.kill()
+    with pytest.raises(kivi.Unavailable):
+        s.append(0, k, v)
+    daemon.start()
+    client.wait_ready(30)
+    s.reopen()
+    assert s.append(0, k, v) == 20
+    s.close()
+
+
+def test_a_late_answer_is_deadline_exceeded(daemon, client, stream):
+    k, v = tokens(RAW, 20)
+    s = client.session("a", RAW)
+    s.append(0, k, v)
+    daemon.process.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(kivi.DeadlineExceeded):
+            s.append(0, k, v, timeout=0.3)
+    finally:
+        daemon.process.send_signal(signal.SIGCONT)
 
 
 def test_asyncio_does_the_same(daemon):

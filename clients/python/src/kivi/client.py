@@ -9,8 +9,6 @@ Retries.  Calls that change nothing, or the same thing twice, are retried while 
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple, TypeVar
 
@@ -18,95 +16,13 @@ import grpc
 
 from . import _calls
 from ._calls import LayoutLike, Tls
+from ._frames import Frames
 from ._types import (Durability, FetchPart, Layout, LayoutInfo, LookupResult, Partial, PutResult,
                      SessionInfo)
-from .errors import DeadlineExceeded, KiviError, Unavailable, from_rpc
+from .errors import KiviError, Unavailable, from_rpc
 from .v1 import admin_pb2, admin_pb2_grpc, kivi_pb2, kivi_pb2_grpc
 
 T = TypeVar("T")
-
-
-class _Frames:
-    """One long-lived bidirectional stream on which every request has one response, in order.
-
-    A watchdog cancels the stream when an answer is late, because reading from a stream has no
-    deadline of its own; the next request opens a new one.
-    """
-
-    def __init__(self, method: Callable[..., Any], metadata: Sequence[Tuple[str, str]]) -> None:
-        self._method = method
-        self._metadata = metadata
-        self._lock = threading.Lock()
-        self._requests: Optional["queue.SimpleQueue[Any]"] = None
-        self._call: Any = None
-        self._timer: Optional["_Watchdog"] = None
-
-    def exchange(self, request: Any, timeout: float) -> Any:
-        with self._lock:
-            if self._call is None:
-                self._requests = queue.SimpleQueue()
-                self._call = self._method(iter(self._requests.get, None), metadata=self._metadata)
-                self._timer = _Watchdog(self._call.cancel)
-            self._timer.arm(timeout)
-            self._requests.put(request)
-            try:
-                return next(self._call)
-            except grpc.RpcError as error:
-                late = self._timer.fired
-                self._drop()
-                if late:
-                    raise DeadlineExceeded(f"no answer within {timeout} s") from None
-                raise from_rpc(error) from None
-            except StopIteration:
-                self._drop()
-                raise Unavailable("the service ended the stream") from None
-            except BaseException:
-                self._drop()
-                raise
-            finally:
-                if self._timer is not None:
-                    self._timer.disarm()
-
-    def close(self) -> None:
-        with self._lock:
-            if self._call is not None:
-                self._requests.put(None)
-                self._drop()
-
-    def _drop(self) -> None:
-        self._requests.put(None)
-        self._call.cancel()
-        self._timer.stop()
-        self._call = self._requests = self._timer = None
-
-
-class _Watchdog:
-    """Calls `action` once if it stays armed past a moment.  One sleeping thread, no work per
-    frame but two assignments."""
-
-    def __init__(self, action: Callable[[], Any]) -> None:
-        self._action = action
-        self._due: Optional[float] = None
-        self._stopped = threading.Event()
-        self.fired = False
-        threading.Thread(target=self._run, name="kivi-watchdog", daemon=True).start()
-
-    def arm(self, seconds: float) -> None:
-        self._due = time.monotonic() + seconds
-
-    def disarm(self) -> None:
-        self._due = None
-
-    def stop(self) -> None:
-        self._stopped.set()
-
-    def _run(self) -> None:
-        while not self._stopped.wait(0.1):
-            due = self._due
-            if due is not None and time.monotonic() >= due:
-                self.fired = True
-                self._action()
-                return
 
 
 class Client:
@@ -303,8 +219,8 @@ class Session:
         self._client = client
         self._request = request
         self.name = name
-        self._attends = _Frames(client._kivi.Attend, client._metadata)
-        self._appends = _Frames(client._kivi.Append, client._metadata)
+        self._attends = Frames(client._kivi.Attend, client._metadata)
+        self._appends = Frames(client._kivi.Append, client._metadata)
         self._open(timeout)
 
     def _open(self, timeout: Optional[float]) -> None:

@@ -8,6 +8,7 @@ as uint16 bit patterns; results come back as float32 unless asked otherwise.
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any, Sequence, Tuple
 
@@ -64,7 +65,7 @@ def to_wire(array: Any, dtype: str, shape: Sequence[int], name: str) -> memoryvi
 
 def from_wire(data: Any, dtype: str, shape: Sequence[int], offset: int = 0) -> np.ndarray:
     """An array over `data` (no copy): float16, float32, or float32 widened from bfloat16."""
-    count = int(np.prod(shape, dtype=np.int64))
+    count = math.prod(shape)
     if dtype == "bf16":
         bits = np.frombuffer(data, np.uint16, count, offset).astype(np.uint32) << 16
         return bits.view(np.float32).reshape(shape)
