@@ -140,6 +140,7 @@ static void on_received(struct call *call, bool ok) {
     if (call->finishing || call->end.code != GRPC_STATUS_OK) return; /* too late: recycled with it */
     call->in = call->arriving;
     call->arriving = NULL;
+    call->sends_ahead = call->in && call_has_work(call);
     /* No message: the client has said all, or is gone, which `over` tells apart. */
     if (!call->in && !call->ending) call->ending = true;
 }

@@ -45,6 +45,8 @@ enum {
     SPARE_CALLS = 64,      /* beyond calls_max, for calls that are only told so */
     PIECES_MAX = 4096,     /* of one message: gRPC delivers 8 to 64 KiB each */
     COPY_MAX = 16 << 10,   /* payloads up to this are copied and their staging is freed at once */
+    SMALL_FRAME = 24 << 10, /* two of them fit the window that HTTP/2 begins with, 64 KiB less 1 */
+    PROBE = 64,            /* small frames between two looks at whether the client sends ahead */
     TICK_MS = 100,         /* of the helper */
     UNARY_WAIT_MS = 1000,  /* for a free request, then RESOURCE_EXHAUSTED */
     CROWDED_STALL_MS = 500, /* allowed to a client that does not read while others wait */
@@ -140,6 +142,8 @@ struct call {
     uint64_t since_ms;     /* what is being sent, since when */
     uint64_t wait_ms;      /* since when it has waited for a request; 0: it does not */
     bool pins_staging;     /* what is being sent lies in staging */
+    bool sends_ahead;      /* its last message came before the answer to the one before it */
+    size_t accepted_bytes; /* of the last message that was accepted */
 
     struct flight flights[FLIGHTS_MAX];
     uint64_t sequence_next, sequence_answer;
@@ -234,6 +238,7 @@ void call_step(struct call *call, struct workspace *workspace); /* NULL: no deco
 struct kv_request *flight_request(struct call *call); /* or NULL, and the call waits for one */
 struct flight *flight_take(struct call *call, enum flight_state state, struct kv_request *request);
 struct flight *flight_free(struct call *call);
+bool call_has_work(const struct call *call); /* in the engine */
 void flight_submit(struct flight *flight);
 
 /* pages.c */

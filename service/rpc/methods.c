@@ -19,7 +19,8 @@ const struct method methods[] = {
     {ADMIN "Stats", SHAPE_UNARY, 1, false, false, kv_decode_stats, kv_encode_stats, NULL},
     {ADMIN "Layouts", SHAPE_UNARY, 1, true, false, kv_decode_layouts, kv_encode_layouts, NULL},
 
-    /* Two frames: the second is read and copied while the engine works on the first. */
+    /* Two frames: the second is read and copied while the engine works on the first, if that is no small one
+     * (serve.c: may_read). */
     {KIVI "Append", SHAPE_DUPLEX, 2, true, true, kv_decode_append, kv_encode_append, NULL},
     {KIVI "Attend", SHAPE_DUPLEX, 2, true, true, kv_decode_attend, kv_encode_attend, NULL},
     {KIVI "Put", SHAPE_DUPLEX, KV_PUT_OPEN_MAX, true, false, kv_decode_put, kv_encode_put, NULL},

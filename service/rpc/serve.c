@@ -32,6 +32,12 @@ static bool flights_idle(const struct call *call) {
     return true;
 }
 
+bool call_has_work(const struct call *call) {
+    for (uint32_t i = 0; i < FLIGHTS_MAX; i++)
+        if (call->flights[i].state == FLIGHT_ENGINE) return true;
+    return false;
+}
+
 struct flight *flight_take(struct call *call, enum flight_state state, struct kv_request *request) {
     struct flight *flight = flight_free(call);
     flight->state = state;
@@ -180,22 +186,13 @@ void flight_submit(struct flight *flight) {
     kv_engine_submit(call->rpc->engine, request);
 }
 
-/* True if a frame before this one is not back yet. */
-static bool flight_must_wait(const struct flight *flight) {
-    const struct call *call = flight->call;
-    if (!call->method->serial) return false;
-    for (uint32_t i = 0; i < FLIGHTS_MAX; i++)
-        if (call->flights[i].state == FLIGHT_ENGINE) return true;
-    return false;
-}
-
 static void submit_held(struct call *call) {
     for (uint32_t i = 0; i < call->method->flights; i++) {
         struct flight *flight = &call->flights[i];
         if (flight->state != FLIGHT_HELD) continue;
         if (call->gone || flight->sequence >= call->end_sequence)
             flight_clear(flight);
-        else if (!flight_must_wait(flight))
+        else if (!call->method->serial || !call_has_work(call))
             flight_submit(flight);
     }
 }
@@ -229,6 +226,7 @@ static void accept(struct call *call, struct workspace *workspace) {
     grpc_byte_buffer *message = call->in;
     call->in = NULL;
     call->accepting = true;
+    call->accepted_bytes = grpc_byte_buffer_length(message);
     pthread_mutex_unlock(&call->lock);
 
     enum kv_status status = decode(call, workspace, message, request);
@@ -328,6 +326,17 @@ static void try_end(struct call *call) {
     call_finish(call, NULL);
 }
 
+/* Whether the next message is asked for.  Asking makes gRPC tell the client at once how much it may send: a
+ * write of its own, between a small frame and the engine, that wakes a client who is not waiting for it.  So
+ * behind a small frame the question waits until the answer is on its way; what the client sends meanwhile fits
+ * the window anyway.  Unless the client does send meanwhile: then reading ahead is worth it.  Whether it does
+ * shows while a question is open, which it is at every PROBE-th frame. */
+static bool may_read(struct call *call) {
+    if (call->ending || call->reading || call->in || call->accepting || !flight_free(call)) return false;
+    bool ahead = call->sends_ahead || call->accepted_bytes > SMALL_FRAME || call->sequence_next % PROBE == 1;
+    return ahead || !call->method->serial || !call_has_work(call);
+}
+
 void call_step(struct call *call, struct workspace *workspace) {
     if (call->finishing) return;
     switch (call->method->shape) {
@@ -355,8 +364,6 @@ void call_step(struct call *call, struct workspace *workspace) {
         submit_held(call);
         if (call->pages) pages_step(call);
     }
-    if (call->method->shape == SHAPE_DUPLEX && !call->ending && !call->reading && !call->in &&
-        !call->accepting && flight_free(call))
-        call_read(call);
+    if (call->method->shape == SHAPE_DUPLEX && may_read(call)) call_read(call);
     try_end(call);
 }
