@@ -51,7 +51,8 @@ bool daemon_prepare(struct ctl *ctl, struct daemon *daemon, const char *binary,
     if (binary) {
         snprintf(daemon->binary, sizeof daemon->binary, "%s", binary);
     } else if (!program_find("kivid", "service/kivid", daemon->binary, sizeof daemon->binary)) {
-        ctl_say(ctl, EXIT_USAGE, "kivid is not beside kivictl; name it with --kivid");
+        ctl_say(ctl, EXIT_USAGE, "kivid is not beside kivictl; build it: bazel build "
+                                 "//service:kivid, or name it with --kivid");
         return false;
     }
     if (!parent) parent = getenv("TMPDIR");

@@ -89,6 +89,11 @@ struct tick {
     bool draining, crowded; /* someone waits for a request */
 };
 
+/* Longer than `limit` ago.  What happened while the tick went round lies behind tick->now. */
+static bool passed(const struct tick *tick, uint64_t since, uint64_t limit) {
+    return tick->now > since && tick->now - since > limit;
+}
+
 static void cut_off(struct call *call, const char *why) {
     kv_log(KV_LOG_WARN, "rpc: %s cut off: %s", call->method->path, why);
     grpc_call_cancel_with_status(call->grpc, GRPC_STATUS_RESOURCE_EXHAUSTED, why, NULL);
@@ -98,17 +103,17 @@ static void cut_off(struct call *call, const char *why) {
 static void tick_call(struct call *call, const struct tick *tick) {
     const struct kv_config *config = call->rpc->config;
     uint64_t stall = tick->crowded && call->pins_staging ? CROWDED_STALL_MS : config->stall_ms;
-    if ((call->sending || call->finishing) && call->since_ms && tick->now - call->since_ms > stall)
+    if ((call->sending || call->finishing) && call->since_ms && passed(tick, call->since_ms, stall))
         cut_off(call, "the client does not read its answers");
 
     uint64_t patience =
         call->method->shape == SHAPE_UNARY ? UNARY_WAIT_MS : config->deadline_ms_max;
-    if (call->wait_ms && tick->now - call->wait_ms > patience)
+    if (call->wait_ms && passed(tick, call->wait_ms, patience))
         call_end(call, KV_BUSY, "every request of the service is in use");
 
     bool stream = call->method->shape == SHAPE_DUPLEX || call->method->shape == SHAPE_REFLECTION;
     if (tick->draining && stream && !call->ending && !call->in && !call->accepting &&
-        tick->now - call->active_ms > DRAIN_IDLE_MS) {
+        passed(tick, call->active_ms, DRAIN_IDLE_MS)) {
         bool busy = false;
         for (uint32_t i = 0; i < FLIGHTS_MAX; i++)
             busy |= call->flights[i].state != FLIGHT_FREE;
