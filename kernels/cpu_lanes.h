@@ -17,6 +17,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "proto/kv_types.h"
+
 #define KV_LANES_JOIN_(name, isa) kv_##isa##_##name
 #define KV_LANES_JOIN(name, isa)  KV_LANES_JOIN_(name, isa)
 #define KV_LANES_FN(name)         KV_LANES_JOIN(name, KV_LANES_ISA)
@@ -46,44 +48,56 @@ KV_INLINE vf v_load_half(const uint16_t *from, int bf16) {
 /* To the nearest, ties to even, saturating at the largest finite value. */
 KV_INLINE void v_store_half(uint16_t *to, vf a, int bf16) {
     if (bf16) {
-        vf limit = v_set(0x1.fep+127f);
-        vi bits  = v_bits(v_min(v_max(a, v_sub(v_zero(), limit)), limit));
-        vi odd   = v_and(v_shr(bits, 16), v_set_i(1));
+        vi bits = v_bits(v_within(a, v_set(0x1.fep+127f)));
+        vi odd  = v_and(v_shr(bits, 16), v_set_i(1));
         v_store_u16(to, v_shr(v_add_i(bits, v_add_i(odd, v_set_i(0x7fff))), 16));
     } else {
-        v_store_f16(to, v_min(v_max(a, v_set(-65504.0f)), v_set(65504.0f)));
+        v_store_f16(to, v_within(a, v_set(65504.0f)));
     }
 }
 
 /* A raw page's rounding, in binary32. */
 KV_INLINE vf v_round_half(vf a, int bf16) {
-    if (!bf16) return v_round_f16(v_min(v_max(a, v_set(-65504.0f)), v_set(65504.0f)));
+    if (!bf16) return v_round_f16(v_within(a, v_set(65504.0f)));
     uint16_t half[16];
     v_store_half(half, a, 1);
     return v_load_bf16(half);
 }
 
 /* R of page.h on one row of D channels, in place: the normalised Walsh-Hadamard transform of each
- * aligned run of N channels, N the largest power of two in D (32 or more). */
-static inline void __attribute__((unused)) lanes_rotate(float *y, uint32_t D, float norm) {
-    uint32_t N = D & (0 - D);
-    for (uint32_t c = 0; c < D; c += 16) {
-        vf x = v_load(y + c);
-        for (int stride = 1; stride < 16; stride *= 2) {
-            vf other = v_partner(x, stride);
-            x        = v_select(v_upper(stride), v_sub(other, x), v_add(x, other));
-        }
-        v_store(y + c, x);
+ * aligned run of N channels, N the largest power of two in D (32 or more).  D is a constant, so that the
+ * row stays in registers. */
+KV_INLINE void lanes_rotate_row(float *y, const uint32_t D, float norm) {
+    const uint32_t runs = (D & (0 - D)) / 16;
+    vf x[KV_HEAD_DIM_MAX / 16];
+#pragma GCC unroll 16
+    for (uint32_t i = 0; i < D / 16; i++) {
+        x[i] = v_load(y + 16 * i);
+#pragma GCC unroll 4
+        for (uint32_t bit = 0; bit < 4; bit++)
+            x[i] = v_butterfly(x[i], 1 << bit);
     }
-    for (uint32_t stride = 16; stride < N; stride *= 2)
-        for (uint32_t run = 0; run < D; run += 2 * stride)
-            for (uint32_t c = run; c < run + stride; c += 16) {
-                vf a = v_load(y + c), b = v_load(y + c + stride);
-                v_store(y + c, v_add(a, b));
-                v_store(y + c + stride, v_sub(a, b));
+#pragma GCC unroll 4
+    for (uint32_t stride = 1; stride < runs; stride *= 2)
+#pragma GCC unroll 16
+        for (uint32_t i = 0; i < D / 16; i++)
+            if (!(i & stride)) {
+                vf a = x[i], b = x[i + stride];
+                x[i]          = v_add(a, b);
+                x[i + stride] = v_sub(a, b);
             }
-    for (uint32_t c = 0; c < D; c += 16)
-        v_store(y + c, v_mul(v_load(y + c), v_set(norm)));
+#pragma GCC unroll 16
+    for (uint32_t i = 0; i < D / 16; i++)
+        v_store(y + 16 * i, v_mul(x[i], v_set(norm)));
+}
+
+static inline void __attribute__((unused)) lanes_rotate(float *y, uint32_t D, float norm) {
+    switch (D) {
+    case 64: lanes_rotate_row(y, 64, norm); break;
+    case 96: lanes_rotate_row(y, 96, norm); break;
+    case 128: lanes_rotate_row(y, 128, norm); break;
+    default: lanes_rotate_row(y, 256, norm); break;
+    }
 }
 
 /* Sixteen e4m3 bytes, none of them negative.  Shifted to the place of a binary16's exponent

@@ -50,6 +50,10 @@ KV_F2(v_mul, _mm256_mul_ps)
 KV_F2(v_div, _mm256_div_ps)
 KV_F2(v_min, _mm256_min_ps)
 KV_F2(v_max, _mm256_max_ps)
+/* x, its magnitude at most `limit`. */
+KV_INLINE vf v_within(vf x, vf limit) {
+    return v_min(v_max(x, v_sub(v_zero(), limit)), limit);
+}
 KV_COMPARE(v_lt, _CMP_LT_OQ)
 KV_COMPARE(v_le, _CMP_LE_OQ)
 KV_COMPARE(v_eq, _CMP_EQ_OQ)
@@ -149,6 +153,18 @@ KV_INLINE vi v_codes(vi bytes, const uint32_t width, const uint32_t j) {
     return v_and(v_shr(bytes, width * j), v_set_i(((1 << width) - 1) * 0x01010101));
 }
 
+/* code * scale + zero for codes that stand in one byte of each lane. */
+typedef struct {
+    vf scale, zero;
+} v_affine;
+KV_INLINE v_affine v_affine_of(float scale, float zero) {
+    return (v_affine){v_set(scale), v_set(zero)};
+}
+KV_INLINE vf v_affine_codes(v_affine map, vi quads, const uint32_t byte) {
+    vi codes = v_and(v_shr(quads, 8 * byte), v_set_i(0xff));
+    return v_add(v_mul(v_to_f(codes), map.scale), map.zero);
+}
+
 /* 2^t in two steps: t less its floor; p times 2^floor(t), or 0 below 2^-126. */
 KV_INLINE vf v_floor_(vf t) {
     return (vf){_mm256_floor_ps(t.a), _mm256_floor_ps(t.b)};
@@ -235,17 +251,16 @@ KV_INLINE vi v_gather(const int32_t *base, vi index) {
 
 /* ---- Shuffles, by purpose rather than by pattern ---- */
 
-/* Lane i takes lane i ^ stride, stride 1, 2, 4 or 8. */
-KV_INLINE vf v_partner(vf x, int stride) {
-    if (stride == 8) return (vf){x.b, x.a};
-    __m256i at =
-        _mm256_xor_si256(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(stride));
-    return (vf){_mm256_permutevar8x32_ps(x.a, at), _mm256_permutevar8x32_ps(x.b, at)};
-}
-
-/* Lanes whose number has the bit `stride`. */
-KV_INLINE vm v_upper(int stride) {
-    return v_gt_i(v_and(v_lanes(), v_set_i(stride)), v_zero_i());
+/* Lanes i and i + stride, i without the bit `stride` (1, 2, 4 or 8), become their sum and difference.  The
+ * product with one of either sign is exact, so this rounds once. */
+KV_INLINE vf v_butterfly(vf x, int stride) {
+    if (stride == 8) return (vf){_mm256_add_ps(x.a, x.b), _mm256_sub_ps(x.a, x.b)};
+    __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), at = _mm256_set1_epi32(stride);
+    __m256 minus = _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(lane, at), at));
+    __m256 sign  = _mm256_blendv_ps(_mm256_set1_ps(1.0f), _mm256_set1_ps(-1.0f), minus);
+    at           = _mm256_xor_si256(lane, at);
+    return (vf){_mm256_fmadd_ps(x.a, sign, _mm256_permutevar8x32_ps(x.a, at)),
+                _mm256_fmadd_ps(x.b, sign, _mm256_permutevar8x32_ps(x.b, at))};
 }
 
 /* x[i] lane j becomes y[j] lane i, eight by eight. */
@@ -346,6 +361,32 @@ KV_INLINE void v_permute_bytes(int8_t *to, const int8_t *from, const uint8_t *in
     (void)tables;
     for (uint32_t i = 0; i < count; i++)
         to[i] = from[index[i]];
+}
+
+/* 64 bytes of a unit of 32 K-values are rows g and g + 8 of its tiles: those rows, one behind the other.  Of a
+ * unit of 16 K-values: rows g, g + 8, g + 1 and g + 9. */
+KV_INLINE vi v_rows_32(const uint8_t *words) {
+    vi x         = v_load_i(words); /* t0 t1 | t2 t3, each of them (h r) */
+    __m256i even = _mm256_permute2x128_si256(x.a, x.b, 0x20);
+    __m256i odd  = _mm256_permute2x128_si256(x.a, x.b, 0x31);
+    __m256i h0 = _mm256_unpacklo_epi32(even, odd), h1 = _mm256_unpackhi_epi32(even, odd);
+    return (vi){_mm256_permute4x64_epi64(_mm256_unpacklo_epi64(h0, h1), 0xd8),
+                _mm256_permute4x64_epi64(_mm256_unpackhi_epi64(h0, h1), 0xd8)};
+}
+KV_INLINE vi v_rows_16(const uint8_t *words) {
+    vi x               = v_load_i(words);
+    const __m256i rows = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+    return (vi){_mm256_permutevar8x32_epi32(x.a, rows), _mm256_permutevar8x32_epi32(x.b, rows)};
+}
+KV_INLINE void v_store_halves(uint8_t *const to[2], vi x) {
+    _mm256_storeu_si256((__m256i *)to[0], x.a);
+    _mm256_storeu_si256((__m256i *)to[1], x.b);
+}
+KV_INLINE void v_store_quarters(uint8_t *const to[4], vi x) {
+    _mm_storeu_si128((__m128i *)to[0], _mm256_castsi256_si128(x.a));
+    _mm_storeu_si128((__m128i *)to[1], _mm256_extracti128_si256(x.a, 1));
+    _mm_storeu_si128((__m128i *)to[2], _mm256_castsi256_si128(x.b));
+    _mm_storeu_si128((__m128i *)to[3], _mm256_extracti128_si256(x.b, 1));
 }
 
 /* A unit of codes (page.h) turned, so that out[k] holds word k of each M-value, lane m = g + 8 r; word k is

@@ -40,6 +40,10 @@ KV_INLINE vf v_min(vf a, vf b) {
 KV_INLINE vf v_max(vf a, vf b) {
     return _mm512_max_ps(a, b);
 }
+/* a, its magnitude at most `limit`. */
+KV_INLINE vf v_within(vf a, vf limit) {
+    return _mm512_range_ps(a, limit, 0x2); /* the smaller magnitude, the first one's sign */
+}
 KV_INLINE vf v_fma(vf a, vf b, vf c) {
     return _mm512_fmadd_ps(a, b, c);
 }
@@ -154,6 +158,19 @@ KV_INLINE vi v_codes(vi bytes, const uint32_t width, const uint32_t j) {
     return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64((long long)map), 0);
 }
 
+/* code * scale + zero for codes of up to four bits, which stand in one byte of each lane: sixteen
+ * results, looked up. */
+typedef struct {
+    vf of_code;
+} v_affine;
+KV_INLINE v_affine v_affine_of(float scale, float zero) {
+    const vf codes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return (v_affine){_mm512_add_ps(_mm512_mul_ps(codes, _mm512_set1_ps(scale)), _mm512_set1_ps(zero))};
+}
+KV_INLINE vf v_affine_codes(v_affine map, vi quads, const uint32_t byte) {
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(quads, 8 * byte), map.of_code);
+}
+
 /* 2^t in two steps: t less its floor; p times 2^floor(t), or 0 below 2^-126. */
 KV_INLINE vf v_fraction(vf t) {
     return _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
@@ -225,15 +242,14 @@ KV_INLINE vi v_gather(const int32_t *base, vi index) {
 
 /* ---- Shuffles, by purpose rather than by pattern ---- */
 
-/* Lane i takes lane i ^ stride, stride 1, 2, 4 or 8. */
-KV_INLINE vf v_partner(vf a, int stride) {
+/* Lanes i and i + stride, i without the bit `stride` (1, 2, 4 or 8), become their sum and difference.  The
+ * product with one of either sign is exact, so this rounds once. */
+KV_INLINE vf v_butterfly(vf a, int stride) {
     const vi lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    return _mm512_permutexvar_ps(_mm512_xor_si512(lane, _mm512_set1_epi32(stride)), a);
-}
-
-/* Lanes whose number has the bit `stride`. */
-KV_INLINE vm v_upper(int stride) {
-    return stride == 1 ? 0xaaaa : stride == 2 ? 0xcccc : stride == 4 ? 0xf0f0 : 0xff00;
+    vm upper = stride == 1 ? 0xaaaa : stride == 2 ? 0xcccc : stride == 4 ? 0xf0f0 : 0xff00;
+    vf sign  = _mm512_mask_blend_ps(upper, _mm512_set1_ps(1.0f), _mm512_set1_ps(-1.0f));
+    vf other = _mm512_permutexvar_ps(_mm512_xor_si512(lane, _mm512_set1_epi32(stride)), a);
+    return _mm512_fmadd_ps(a, sign, other);
 }
 
 /* The sums of four vectors. */
@@ -349,6 +365,27 @@ KV_INLINE void v_permute_bytes(int8_t *to, const int8_t *from, const uint8_t *in
 KV_INLINE void v_swap_bits(vi a, vi b, vi at, int step, vi *zero, vi *one) {
     *zero = _mm512_permutex2var_epi32(a, at, b);
     *one  = _mm512_permutex2var_epi32(a, _mm512_add_epi32(at, _mm512_set1_epi32(step)), b);
+}
+
+/* 64 bytes of a unit of 32 K-values are rows g and g + 8 of its tiles: those rows, one behind the other.  Of a
+ * unit of 16 K-values: rows g, g + 8, g + 1 and g + 9. */
+KV_INLINE vi v_rows_32(const uint8_t *words) {
+    return _mm512_permutexvar_epi32(
+        _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 1, 5, 9, 13, 3, 7, 11, 15), v_load_i(words));
+}
+KV_INLINE vi v_rows_16(const uint8_t *words) {
+    return _mm512_permutexvar_epi32(
+        _mm512_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15), v_load_i(words));
+}
+KV_INLINE void v_store_halves(uint8_t *const to[2], vi a) {
+    _mm256_storeu_si256((__m256i *)to[0], _mm512_castsi512_si256(a));
+    _mm256_storeu_si256((__m256i *)to[1], _mm512_extracti64x4_epi64(a, 1));
+}
+KV_INLINE void v_store_quarters(uint8_t *const to[4], vi a) {
+    _mm_storeu_si128((__m128i *)to[0], _mm512_castsi512_si128(a));
+    _mm_storeu_si128((__m128i *)to[1], _mm512_extracti32x4_epi32(a, 1));
+    _mm_storeu_si128((__m128i *)to[2], _mm512_extracti32x4_epi32(a, 2));
+    _mm_storeu_si128((__m128i *)to[3], _mm512_extracti32x4_epi32(a, 3));
 }
 
 /* A unit of codes (page.h) turned, so that out[k] holds word k of each M-value, lane m = g + 8 r; word k is

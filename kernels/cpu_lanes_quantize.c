@@ -358,7 +358,7 @@ static void quantize_keys(const struct kv_shape *shape, const struct kv_page_map
         for (uint32_t t = 0; t < T; t++)
             memcpy(work->code[t] + border, second[t] + (border - slot), slot + 16 - border);
     }
-    words_keys(true, widths, D, work->code[0], D_MAX, record + map->key_codes);
+    words_keys(widths, D, work->code[0], D_MAX, record + map->key_codes);
     struct kv_page_header header = {.mix = (uint8_t)mix, .key_factor = factor};
     memcpy(record, &header, sizeof header);
 }
@@ -448,7 +448,7 @@ static void quantize_values(const struct kv_shape *shape, const struct kv_page_m
     memcpy(record + offsetof(struct kv_page_header, value_factor), &factor, sizeof factor);
     for (uint32_t t = 0; t < T; t++)
         record[map->value_zero + t] = (uint8_t)value_zero(token_mean[t], scale[t], sum[t], D);
-    words_values(true, w, D, work->code[0], D_MAX, record + map->value_codes);
+    words_values(w, D, work->code[0], D_MAX, record + map->value_codes);
 }
 
 /* ---- MINMAX ---------------------------------------------------------------------------------- */
@@ -491,7 +491,7 @@ static void minmax_keys(const struct kv_shape *shape, const struct kv_page_map *
         }
     const uint8_t widths[KV_QUARTERS] = {(uint8_t)bits, (uint8_t)bits, (uint8_t)bits,
                                          (uint8_t)bits};
-    words_keys(true, widths, D, work->code[0], D_MAX, record + map->key_codes);
+    words_keys(widths, D, work->code[0], D_MAX, record + map->key_codes);
 }
 
 static void minmax_values(const struct kv_shape *shape, const struct kv_page_map *map,
@@ -511,7 +511,7 @@ static void minmax_values(const struct kv_shape *shape, const struct kv_page_map
             memcpy(record + map->value_zero + 2 * (group * T + t), low, sizeof low);
         }
     }
-    words_values(true, bits, D, work->code[0], D_MAX, record + map->value_codes);
+    words_values(bits, D, work->code[0], D_MAX, record + map->value_codes);
 }
 
 /* ---- one head record ---------------------------------------------------------------------------- */

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* cpu_lanes_words.h - codes between page.h's order and plain rows of bytes.  Private to kernels/.
+/* cpu_lanes_words.h - plain rows of bytes to codes in page.h's order.  Private to kernels/.
  *
  *   keys     uint8 [128 tokens][stride]    K-values are slots
  *   values   uint8 [channel][stride]       K-values are tokens
@@ -38,49 +38,31 @@ static inline void words_pack_row(uint32_t k, uint32_t w, uint32_t m, const uint
     }
 }
 
-static inline void words_unpack_row(uint32_t k, uint32_t w, uint32_t m, const uint8_t *unit,
-                                    uint8_t *const rows[8]) {
-    uint32_t mask = ((1u << w) - 1) * 0x01010101u;
-    for (uint32_t quad = 0; quad < k / 4; quad++) {
-        uint32_t word, part;
-        memcpy(&word, unit + 4 * words_place(k, m, quad), 4);
-        for (uint32_t j = 0; j < 8 / w; j++) {
-            part = word >> (w * j) & mask;
-            memcpy(rows[j] + 4 * quad, &part, 4);
-        }
-    }
-}
-
-/* The functions below are walked in one order by packing and unpacking alike; `pack` is a constant. */
-static inline __attribute__((always_inline)) void words_unit(bool pack, uint32_t k, uint32_t w,
+static inline __attribute__((always_inline)) void words_unit(uint32_t k, uint32_t w,
                                                              uint8_t *unit, uint8_t *const tiles[8],
                                                              uint32_t stride, bool tokens) {
     for (uint32_t m = 0; m < 16; m++) {
         uint8_t *rows[8];
         for (uint32_t j = 0; j < 8 / w; j++)
             rows[j] = tiles[j] + (tokens ? words_token(m) : m) * stride;
-        if (pack)
-            words_pack_row(k, w, m, (const uint8_t *const *)rows, unit);
-        else
-            words_unpack_row(k, w, m, unit, rows);
+        words_pack_row(k, w, m, (const uint8_t *const *)rows, unit);
     }
 }
 
-static inline __attribute__((always_inline)) void words_width(bool pack, uint32_t k, uint32_t w,
+static inline __attribute__((always_inline)) void words_width(uint32_t k, uint32_t w,
                                                               uint8_t *unit,
                                                               uint8_t *const tiles[8],
                                                               uint32_t stride, bool tokens) {
     if (w == 1)
-        words_unit(pack, k, 1, unit, tiles, stride, tokens);
+        words_unit(k, 1, unit, tiles, stride, tokens);
     else if (w == 2)
-        words_unit(pack, k, 2, unit, tiles, stride, tokens);
+        words_unit(k, 2, unit, tiles, stride, tokens);
     else
-        words_unit(pack, k, 4, unit, tiles, stride, tokens);
+        words_unit(k, 4, unit, tiles, stride, tokens);
 }
 
 /* K: codes[128][stride] and packed key_codes.  Slots of width 0 are neither read nor written. */
-static inline __attribute__((always_inline)) void words_keys(bool pack,
-                                                             const uint8_t width[KV_QUARTERS],
+static inline __attribute__((always_inline)) void words_keys(const uint8_t width[KV_QUARTERS],
                                                              uint32_t D, uint8_t *codes,
                                                              uint32_t stride, uint8_t *packed) {
     for (uint32_t q = 0; q < KV_QUARTERS && width[q]; q++)
@@ -92,18 +74,18 @@ static inline __attribute__((always_inline)) void words_keys(bool pack,
                 for (uint32_t j = 0; j < 8u / width[q]; j++)
                     tiles[j] = codes + 16 * (u * (8u / width[q]) + j) * stride + slot;
                 if (k == 32)
-                    words_width(pack, 32, width[q], packed, tiles, stride, true);
+                    words_width(32, width[q], packed, tiles, stride, true);
                 else if (k == 16)
-                    words_width(pack, 16, width[q], packed, tiles, stride, true);
+                    words_width(16, width[q], packed, tiles, stride, true);
                 else
-                    words_width(pack, 8, width[q], packed, tiles, stride, true);
+                    words_width(8, width[q], packed, tiles, stride, true);
             }
         }
 }
 
 /* V: codes[D][stride] and packed value_codes. */
 static inline __attribute__((always_inline)) void
-words_values(bool pack, uint32_t w, uint32_t D, uint8_t *codes, uint32_t stride, uint8_t *packed) {
+words_values(uint32_t w, uint32_t D, uint8_t *codes, uint32_t stride, uint8_t *packed) {
     uint32_t tile = 0, block = 0;
     for (uint32_t u = 0; u < D / 4 * w / 8; u++, packed += 512) {
         uint8_t *tiles[8];
@@ -111,7 +93,7 @@ words_values(bool pack, uint32_t w, uint32_t D, uint8_t *codes, uint32_t stride,
             tiles[j] = codes + 16 * tile * stride + 32 * block;
             if (++tile == D / 16) tile = 0, block++;
         }
-        words_width(pack, 32, w, packed, tiles, stride, false);
+        words_width(32, w, packed, tiles, stride, false);
     }
 }
 
