@@ -256,6 +256,20 @@ static bool segment_takes(const struct kv_log *log, const struct kv_segment *seg
            log->segment_pages;
 }
 
+static bool open_is_half_used(const struct kv_log *log) {
+    return log->open != KV_SEGMENT_NONE &&
+           log->segments[log->open].end_page > log->segment_pages / 2;
+}
+
+/* Whether a segment more will be there.  A file that is only hoped for may find no space, and then what the
+ * oldest segment must keep has to fit into the open one: half of that is left for it until then. */
+static bool next_is_certain(const struct kv_log *log) {
+    if (log->allocated > log->in_use) return true; /* a FREE one */
+    if (log->next == KV_SEGMENT_NONE) return false;
+    const struct kv_segment *next = &log->segments[log->next];
+    return next->state == KV_SEGMENT_READY || next->request.kind != KV_IO_ALLOCATE;
+}
+
 /* Makes the READY segment the OPEN one, if there is one and an index buffer for it. */
 static bool open_switch(struct kv_log *log) {
     if (log->next == KV_SEGMENT_NONE) open_start(log);
@@ -279,6 +293,7 @@ enum kv_status kv_log_place(struct kv_log *log, struct kv_record *record, bool c
     if (kv_log_is_paused(log)) return KV_IO_ERROR;
     /* The last segment is open already: what is in the oldest one needs the rest of it. */
     if (!carry && kv_log_available(log) == 0) return KV_BUSY;
+    if (!carry && open_is_half_used(log) && !next_is_certain(log)) return KV_BUSY;
     uint32_t pages = kv_record_pages(record->part_count, record->part_bytes);
     if (log->open != KV_SEGMENT_NONE &&
         !segment_takes(log, &log->segments[log->open], pages)) {
@@ -418,9 +433,9 @@ void kv_log_poll(struct kv_log *log, uint64_t now_us) {
             sync_start(log, segment, sync_done);
         }
     }
-    /* The next segment is opened ahead, when half of the current one is used. */
+    /* The next segment is opened ahead, so that it is there when half of the current one is used. */
     if (log->next == KV_SEGMENT_NONE && !kv_log_is_paused(log) && log->open != KV_SEGMENT_NONE &&
-        log->segments[log->open].end_page > log->segment_pages / 2)
+        log->segments[log->open].end_page > log->segment_pages / 4)
         open_start(log);
 }
 
