@@ -425,9 +425,9 @@ static_assert((ENERGY_ELEMENTS + KV_HEADS_Q_MAX * KV_HEAD_DIM_MAX) * sizeof(floa
               "the sums of an item and one row of it fit the worker's scratch");
 
 static bool all_finite(const float *row, size_t count) {
-    bool finite = true;
-    for (size_t i = 0; i < count; i++) finite &= fabsf(row[i]) <= FLT_MAX;
-    return finite;
+    uint32_t others = 0; /* as wide as a float: the compiler makes vectors of it */
+    for (size_t i = 0; i < count; i++) others |= fabsf(row[i]) <= FLT_MAX ? 0u : 1u;
+    return others == 0;
 }
 
 /* Adds q^2 of every query head to the sums of its KV head. */

@@ -231,9 +231,14 @@ KV_INLINE uint32_t span_limit(const struct kv_cpu_attend *task, const struct spa
     return seen < span->tokens ? seen : span->tokens;
 }
 
+/* Scores of a page of some tokens, in whole registers; what lies behind them is nobody's. */
+KV_INLINE uint32_t span_scores(const struct span *span) {
+    return (span->tokens + 15) & ~15u;
+}
+
 /* Tokens from the limit on are not seen. */
-static void score_limit(float *score, uint32_t limit, vi lane_tokens) {
-    for (uint32_t t = 0; t < T; t += 16) {
+static void score_limit(float *score, uint32_t scores, uint32_t limit, vi lane_tokens) {
+    for (uint32_t t = 0; t < scores; t += 16) {
         vm seen = v_gt_i(v_set_i((int32_t)limit - (int32_t)t), lane_tokens);
         v_store(score + t, v_select(seen, v_load(score + t), v_set(-INFINITY)));
     }
@@ -245,15 +250,16 @@ KV_INLINE void softmax(const struct kv_cpu_attend *task, struct work *work, cons
                        vi lane_tokens, uint32_t i, const int vectors) {
     float *maximum = work->maximum + span->first + i, *sum = work->sum + span->first + i;
     float now[16] = {0}, old[16] = {0}, fade[16], mass[4];
+    uint32_t scores = span_scores(span);
     vf most[4], total[4];
 #pragma GCC unroll 4
     for (int b = 0; b < 4; b++)
         most[b] = v_set(-INFINITY), total[b] = v_zero();
     for (int b = 0; b < vectors; b++) {
         uint32_t limit = span_limit(task, span, i + (uint32_t)b);
-        if (limit < T) score_limit(work->score[i + (uint32_t)b], limit, lane_tokens);
+        if (limit < scores) score_limit(work->score[i + (uint32_t)b], scores, limit, lane_tokens);
     }
-    for (uint32_t t = 0; t < T; t += 16)
+    for (uint32_t t = 0; t < scores; t += 16)
 #pragma GCC unroll 4
         for (int b = 0; b < vectors; b++)
             most[b] = v_max(most[b], v_load(work->score[i + (uint32_t)b] + t));
@@ -264,7 +270,7 @@ KV_INLINE void softmax(const struct kv_cpu_attend *task, struct work *work, cons
         maximum[b] = now[b];
     }
     v_store(fade, v_exp2(v_sub(v_load(old), v_load(now)))); /* of nothing seen so far: 0 */
-    for (uint32_t t = 0; t < T; t += 16)
+    for (uint32_t t = 0; t < scores; t += 16)
 #pragma GCC unroll 4
         for (int b = 0; b < vectors; b++) {
             float *score = work->score[i + (uint32_t)b] + t;
@@ -457,12 +463,9 @@ KV_INLINE void raw_scores_four(struct work *work, const struct span *span, const
                                const uint16_t *keys, uint32_t D, const enum raw_kind kind) {
     for (uint32_t t = 0; t < span->tokens; t += 4) {
         const void *row[4];
-        float score[4][T];
         for (uint32_t j = 0; j < 4; j++)
             row[j] = keys + (t + j < span->tokens ? t + j : span->tokens - 1) * D;
-        raw_dot(query, D, row, kind, 4, LOG2_E, score);
-        for (uint32_t k = 0; k < 4; k++)
-            memcpy(work->score[k] + t, score[k], 16);
+        raw_dot(query, D, row, kind, 4, LOG2_E, work->score[0] + t);
     }
 }
 
@@ -477,17 +480,10 @@ static void raw_scores_many(struct work *work, const struct span *span, const fl
                 v_store(work->row[j] + c, v_load_half(key + c, bf16));
         }
         uint32_t i = 0;
-        for (; i + 4 <= span->count; i += 4) {
-            float score[4][T];
-            raw_dot(query + (size_t)i * D, D, row, RAW_WIDE, 4, LOG2_E, score);
-            for (uint32_t k = 0; k < 4; k++)
-                memcpy(work->score[i + k] + t, score[k], 16);
-        }
-        for (; i < span->count; i++) {
-            float score[1][T];
-            raw_dot(query + (size_t)i * D, D, row, RAW_WIDE, 1, LOG2_E, score);
-            memcpy(work->score[i] + t, score[0], 16);
-        }
+        for (; i + 4 <= span->count; i += 4)
+            raw_dot(query + (size_t)i * D, D, row, RAW_WIDE, 4, LOG2_E, work->score[i] + t);
+        for (; i < span->count; i++)
+            raw_dot(query + (size_t)i * D, D, row, RAW_WIDE, 1, LOG2_E, work->score[i] + t);
     }
 }
 
@@ -499,7 +495,7 @@ static void raw_scores(const struct kv_cpu_attend *task, struct work *work, cons
     if (span->count != 4) raw_scores_many(work, span, query, keys, D, bf16);
     else if (bf16) raw_scores_four(work, span, query, keys, D, RAW_BF16);
     else raw_scores_four(work, span, query, keys, D, RAW_F16);
-    for (uint32_t t = (span->tokens + 3) & ~3u; t < T; t++)
+    for (uint32_t t = (span->tokens + 3) & ~3u; t < span_scores(span); t++)
         for (uint32_t i = 0; i < span->count; i++)
             work->score[i][t] = 0;
 }
@@ -612,17 +608,19 @@ void KV_LANES_FN(attend)(const struct kv_cpu_attend *task) {
 
     work->bundle = n < BUNDLE ? n : BUNDLE;
     work->pitch  = D <= T ? T : KV_HEAD_DIM_MAX;
-    product_begin(work->bundle);
+    bool products = false; /* raw pages do without */
     uint32_t token = task->token;
     for (uint32_t p = 0; p < task->page_count && token < most; p++) {
         const struct kv_page_ref *page = &task->pages[p];
         if (task->cancel && atomic_load_explicit(task->cancel, memory_order_relaxed)) {
-            product_end();
+            if (products) product_end();
             return;
         }
         if (page->raw || task->shape->codec.kind == KV_CODEC_RAW) {
             page_raw(task, work, page, token);
         } else {
+            if (!products) product_begin(work->bundle);
+            products = true;
             work->ahead = next_record(task, page, task->page_count - p);
             page_packed(task, work,
                         (const uint8_t *)page->page + (size_t)task->head * task->map->record_bytes,
@@ -630,7 +628,7 @@ void KV_LANES_FN(attend)(const struct kv_cpu_attend *task) {
         }
         token += page->tokens;
     }
-    product_end();
+    if (products) product_end();
     for (uint32_t i = 0; i < n; i++)
         finish(task, work, i);
 }

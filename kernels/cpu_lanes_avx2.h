@@ -293,6 +293,14 @@ KV_INLINE void v_sum_four(const vf x[4], float *to) {
     _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
 }
 
+/* The sums of four times four vectors, times `scale`: those of x[i] to to + i * pitch. */
+KV_INLINE void v_sum_four_fours(const vf x[4][4], float scale, float *to, size_t pitch) {
+    for (int i = 0; i < 4; i++) {
+        v_sum_four(x[i], to + i * pitch);
+        for (int j = 0; j < 4; j++) to[i * pitch + j] *= scale;
+    }
+}
+
 /* The greatest of each of four vectors. */
 KV_INLINE void v_greatest_four(const vf x[4], float *to) {
     for (int i = 0; i < 4; i++)

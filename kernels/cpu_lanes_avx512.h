@@ -261,6 +261,26 @@ KV_INLINE void v_sum_four(const vf x[4], float *to) {
     _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1)));
 }
 
+/* The sums of four times four vectors, times `scale`: those of x[i] to to + i * pitch.  As v_sum_four adds. */
+KV_INLINE void v_sum_four_fours(const vf x[4][4], float scale, float *to, size_t pitch) {
+    vf s[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        vf a = _mm512_add_ps(_mm512_unpacklo_ps(x[i][0], x[i][1]), _mm512_unpackhi_ps(x[i][0], x[i][1]));
+        vf b = _mm512_add_ps(_mm512_unpacklo_ps(x[i][2], x[i][3]), _mm512_unpackhi_ps(x[i][2], x[i][3]));
+        s[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    }
+    /* Quarters of a register: 0 + 2 and 1 + 3, two vectors to a register; then the two. */
+    vf a = _mm512_add_ps(_mm512_shuffle_f32x4(s[0], s[1], 0x44), _mm512_shuffle_f32x4(s[0], s[1], 0xee));
+    vf b = _mm512_add_ps(_mm512_shuffle_f32x4(s[2], s[3], 0x44), _mm512_shuffle_f32x4(s[2], s[3], 0xee));
+    vf t = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    t = _mm512_mul_ps(t, _mm512_set1_ps(scale));
+    _mm_storeu_ps(to, _mm512_castps512_ps128(t));
+    _mm_storeu_ps(to + pitch, _mm512_extractf32x4_ps(t, 1));
+    _mm_storeu_ps(to + 2 * pitch, _mm512_extractf32x4_ps(t, 2));
+    _mm_storeu_ps(to + 3 * pitch, _mm512_extractf32x4_ps(t, 3));
+}
+
 /* The greatest of each of four vectors. */
 KV_INLINE void v_greatest_four(const vf x[4], float *to) {
     vf a     = _mm512_max_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));

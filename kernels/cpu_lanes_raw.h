@@ -18,10 +18,9 @@ KV_INLINE vf raw_load(const void *row, uint32_t at, const enum raw_kind kind) {
     return v_load_half((const uint16_t *)row + at, kind == RAW_BF16);
 }
 
-/* Scores of four tokens, times `scale`. */
+/* Scores of four tokens, times `scale`, of one or four vectors: the second's T behind the first's. */
 KV_INLINE void raw_dot(const float *query, uint32_t D, const void *const row[4],
-                       const enum raw_kind kind, const int vectors, float scale,
-                       float (*score)[T]) {
+                       const enum raw_kind kind, const int vectors, float scale, float *score) {
     vf sum[4][4];
 #pragma GCC unroll 4
     for (int i = 0; i < vectors; i++)
@@ -41,10 +40,11 @@ KV_INLINE void raw_dot(const float *query, uint32_t D, const void *const row[4],
                 sum[i][j] = v_fma(q, key[j], sum[i][j]);
         }
     }
-#pragma GCC unroll 4
-    for (int i = 0; i < vectors; i++) {
-        v_sum_four(sum[i], score[i]);
-        for (int j = 0; j < 4; j++) score[i][j] *= scale;
+    if (vectors == 4) {
+        v_sum_four_fours(sum, scale, score, T);
+    } else {
+        v_sum_four(sum[0], score);
+        for (int j = 0; j < 4; j++) score[j] *= scale;
     }
 }
 

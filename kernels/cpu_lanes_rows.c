@@ -12,16 +12,16 @@ void KV_LANES_FN(widen)(const void *source, enum kv_dtype from, float factor, fl
                         size_t count);
 
 /* Sixteen elements, or the last few, from `i` on. */
-static vf load_some(const void *source, enum kv_dtype from, size_t i, size_t count) {
+KV_INLINE vf load_some(const void *source, enum kv_dtype from, size_t i, size_t count) {
     size_t some = count - i < 16 ? count - i : 16;
+    if (some == 16 && from == KV_DTYPE_F32) return v_load((const float *)source + i);
+    if (some == 16) return v_load_half((const uint16_t *)source + i, from == KV_DTYPE_BF16);
     if (from == KV_DTYPE_F32) {
         float part[16] = {0};
-        if (some == 16) return v_load((const float *)source + i);
         memcpy(part, (const float *)source + i, some * sizeof(float));
         return v_load(part);
     }
     uint16_t part[16] = {0};
-    if (some == 16) return v_load_half((const uint16_t *)source + i, from == KV_DTYPE_BF16);
     memcpy(part, (const uint16_t *)source + i, some * sizeof(uint16_t));
     return v_load_half(part, from == KV_DTYPE_BF16);
 }
