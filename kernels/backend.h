@@ -6,8 +6,8 @@
  * tables (cpu.h: scalar, avx2, avx512, amx) on worker threads; kv_cuda_backend, in cuda/, runs
  * kernels on streams.
  * The functions have the meaning given in device.h and kernel.h and may assume that
- * kernel.c has checked their arguments.  Every entry is present; a backend that cannot do
- * something is not finished.
+ * kernel.c has checked their arguments.  Every entry is present unless it says for whom it is; a backend that
+ * cannot do something is not finished.
  */
 #ifndef KV_KERNELS_BACKEND_H
 #define KV_KERNELS_BACKEND_H
@@ -39,6 +39,8 @@ struct kv_backend {
     void (*notify)(struct kv_stream *stream, int eventfd);
 
     void (*ingest)(struct kv_stream *, const struct kv_shape *, uint32_t, const struct kv_ingest *);
+    uint32_t (*ingest_here)(const struct kv_device *, const struct kv_shape *, const struct kv_ingest *,
+                            void *scratch); /* is_host only */
     void (*emit)(struct kv_stream *, const struct kv_shape *, uint32_t, const struct kv_emit *);
     void (*quantize)(struct kv_stream *, const struct kv_shape *, uint32_t,
                      const struct kv_quantize *);

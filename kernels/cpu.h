@@ -59,10 +59,21 @@ struct kv_cpu_isa {
     size_t (*convert)(const void *source, enum kv_dtype from, enum kv_dtype to, float limit,
                       uint16_t *target, size_t count);
 
+    /* The same for a target that nobody reads soon: it is written past the caches where it can be.
+     * Other threads see it after kv_cpu_away_done(). */
+    size_t (*convert_away)(const void *source, enum kv_dtype from, enum kv_dtype to, float limit,
+                           uint16_t *target, size_t count);
+
     /* 16-bit elements -> binary32, times factor. */
     void (*widen)(const void *source, enum kv_dtype from, float factor, float *target,
                   size_t count);
 };
+
+static inline void kv_cpu_away_done(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_sfence();
+#endif
+}
 
 /* The fastest table this machine has ("auto") or the one of that name; NULL: no such table
  * was built.  The caller asks available() before using one by name. */

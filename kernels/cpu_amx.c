@@ -6,6 +6,8 @@
 #include "kernels/cpu.h"
 
 size_t kv_avx512_convert(const void *, enum kv_dtype, enum kv_dtype, float, uint16_t *, size_t);
+size_t kv_avx512_convert_away(const void *, enum kv_dtype, enum kv_dtype, float, uint16_t *,
+                              size_t);
 void kv_avx512_widen(const void *, enum kv_dtype, float, float *, size_t);
 void kv_amx_attend(const struct kv_cpu_attend *);
 void kv_avx512_quantize(const struct kv_shape *, const struct kv_page_map *, const uint16_t *,
@@ -36,5 +38,6 @@ const struct kv_cpu_isa kv_cpu_amx = {
     .dequantize = kv_avx512_dequantize,
     .attend     = kv_amx_attend,
     .convert    = kv_avx512_convert,
+    .convert_away = kv_avx512_convert_away,
     .widen      = kv_avx512_widen,
 };

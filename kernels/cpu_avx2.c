@@ -3,6 +3,8 @@
 #include "kernels/cpu.h"
 
 size_t kv_avx2_convert(const void *, enum kv_dtype, enum kv_dtype, float, uint16_t *, size_t);
+size_t kv_avx2_convert_away(const void *, enum kv_dtype, enum kv_dtype, float, uint16_t *,
+                            size_t);
 void kv_avx2_widen(const void *, enum kv_dtype, float, float *, size_t);
 void kv_avx2_attend(const struct kv_cpu_attend *);
 void kv_avx2_quantize(const struct kv_shape *, const struct kv_page_map *, const uint16_t *,
@@ -25,5 +27,6 @@ const struct kv_cpu_isa kv_cpu_avx2 = {
     .dequantize = kv_avx2_dequantize,
     .attend     = kv_avx2_attend,
     .convert    = kv_avx2_convert,
+    .convert_away = kv_avx2_convert_away,
     .widen      = kv_avx2_widen,
 };

@@ -193,21 +193,23 @@ static const void *pieces_at(const struct kv_ingest *item, struct walk *walk, si
     return scratch;
 }
 
+typedef size_t convert_fn(const void *source, enum kv_dtype from, enum kv_dtype to, float limit,
+                          uint16_t *target, size_t count);
+
 /* As ingest_rows, for the half of an item's pieces that begins at `start`; token by token, because
  * that is how they are cut. */
-static size_t ingest_pieces(const struct ingest_call *call, const struct kv_ingest *item,
+static size_t ingest_pieces(const struct kv_shape *shape, const struct kv_ingest *item,
                             uint32_t token, uint32_t end, size_t start, uint16_t *half,
-                            const struct kv_cpu_worker *worker) {
-    const struct kv_shape *shape = &call->shape;
+                            convert_fn *convert, void *scratch) {
     uint32_t D = shape->head_dim, H = shape->heads;
     size_t row_bytes = (size_t)H * D * kv_dtype_bytes(item->dtype);
     float limit = shape->codec.kind == KV_CODEC_RAW ? FLT_MAX : 65504.0f;
     struct walk walk = {0};
     for (uint32_t t = token; t < end; t++) {
         const uint8_t *row =
-            pieces_at(item, &walk, start + t * row_bytes, row_bytes, worker->scratch);
+            pieces_at(item, &walk, start + t * row_bytes, row_bytes, scratch);
         for (uint32_t head = 0; head < H; head++) {
-            size_t good = worker->isa->convert(
+            size_t good = convert(
                 row + head * (row_bytes / H), item->dtype, (enum kv_dtype)shape->dtype, limit,
                 half + raw_row(shape, head, item->token + t), D);
             if (good < D) return ((size_t)t * H + head) * D + good;
@@ -226,16 +228,31 @@ static void ingest_run(const struct kv_cpu_op *op, uint32_t task, struct kv_cpu_
 
     size_t bytes = elements * kv_dtype_bytes(item->dtype);
     size_t good = item->pieces
-                      ? ingest_pieces(call, item, slab.token, end, 0, keys, worker)
+                      ? ingest_pieces(&call->shape, item, slab.token, end, 0, keys,
+                                      worker->isa->convert, worker->scratch)
                       : ingest_rows(call, item, slab.token, end, item->keys, keys, worker->isa);
     if (good < elements) {
         fault_note(&call->faults[slab.item], 1 + good);
         return; /* any fault among the values is a larger one */
     }
     good = item->pieces
-               ? ingest_pieces(call, item, slab.token, end, bytes, values, worker)
+               ? ingest_pieces(&call->shape, item, slab.token, end, bytes, values,
+                               worker->isa->convert, worker->scratch)
                : ingest_rows(call, item, slab.token, end, item->values, values, worker->isa);
     if (good < elements) fault_note(&call->faults[slab.item], 1 + elements + good);
+}
+
+static uint32_t ingest_here(const struct kv_device *device, const struct kv_shape *shape,
+                            const struct kv_ingest *item, void *scratch) {
+    convert_fn *convert = kv_cpu_device_isa(device)->convert_away;
+    size_t elements = (size_t)item->tokens * shape->heads * shape->head_dim;
+    size_t bytes = elements * kv_dtype_bytes(item->dtype);
+    uint16_t *keys = item->page, *values = keys + kv_shape_elements(shape);
+    size_t good = ingest_pieces(shape, item, 0, item->tokens, 0, keys, convert, scratch);
+    if (good == elements)
+        good += ingest_pieces(shape, item, 0, item->tokens, bytes, values, convert, scratch);
+    kv_cpu_away_done();
+    return good == 2 * elements ? 0 : (uint32_t)(1 + good);
 }
 
 static void ingest_finish(const struct kv_cpu_op *op) {
@@ -537,6 +554,7 @@ const struct kv_backend kv_cpu_backend = {
     .reached = kv_cpu_stream_reached,
     .notify = notify,
     .ingest = ingest,
+    .ingest_here = ingest_here,
     .emit = emit,
     .quantize = quantize,
     .dequantize = dequantize,

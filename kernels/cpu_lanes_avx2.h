@@ -124,6 +124,11 @@ KV_INLINE void v_store_i(void *to, vi x) {
     _mm256_storeu_si256(to, x.a);
     _mm256_storeu_si256((__m256i *)to + 1, x.b);
 }
+/* Past the caches; `to` is aligned to 64 bytes. */
+KV_INLINE void v_store_away(void *to, vi x) {
+    _mm256_stream_si256(to, x.a);
+    _mm256_stream_si256((__m256i *)to + 1, x.b);
+}
 KV_I2(v_add_i, _mm256_add_epi32)
 KV_I2(v_sub_i, _mm256_sub_epi32)
 KV_I2(v_mul_i, _mm256_mullo_epi32)

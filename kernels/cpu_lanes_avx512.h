@@ -115,6 +115,10 @@ KV_INLINE vi v_load_i(const void *from) {
 KV_INLINE void v_store_i(void *to, vi a) {
     _mm512_storeu_si512(to, a);
 }
+/* Past the caches; `to` is aligned to 64 bytes. */
+KV_INLINE void v_store_away(void *to, vi a) {
+    _mm512_stream_si512(to, a);
+}
 KV_INLINE vi v_add_i(vi a, vi b) {
     return _mm512_add_epi32(a, b);
 }

@@ -8,6 +8,8 @@
 
 size_t KV_LANES_FN(convert)(const void *source, enum kv_dtype from, enum kv_dtype to, float limit,
                             uint16_t *target, size_t count);
+size_t KV_LANES_FN(convert_away)(const void *source, enum kv_dtype from, enum kv_dtype to, float limit,
+                                 uint16_t *target, size_t count);
 void KV_LANES_FN(widen)(const void *source, enum kv_dtype from, float factor, float *target,
                         size_t count);
 
@@ -38,12 +40,14 @@ static uint16_t bits_most(float limit, int bf16) {
 
 /* Rows that keep their type: copied and compared as integers, 32 elements at a time, and looked at
  * twice only if something was wrong.  Returns how many were taken in full. */
-static size_t copy_good(const uint16_t *source, uint16_t most, uint16_t *target, size_t count) {
+KV_INLINE size_t copy_good(const uint16_t *source, uint16_t most, uint16_t *target, size_t count,
+                           bool away) {
     vi magnitude = v_set_i(0x7fff7fff), largest = v_set_i(most << 16 | most), above = v_zero_i();
     size_t i = 0;
     for (; i + 32 <= count; i += 32) {
         vi x = v_load_i(source + i);
-        v_store_i(target + i, x);
+        if (away) v_store_away(target + i, x);
+        else v_store_i(target + i, x);
         above = v_or(above, v_subs_u16(v_and(x, magnitude), largest));
     }
     return v_truths(v_gt_i(above, v_zero_i())) ? 0 : i;
@@ -56,7 +60,7 @@ size_t KV_LANES_FN(convert)(const void *source, enum kv_dtype from, enum kv_dtyp
         bf16 ? 0x1.fep+127f : 65504.0f; /* infinity is above every limit, NaN below none */
     if (limit > largest) limit = largest;
     vf most = v_set(limit);
-    size_t begin = from == to ? copy_good(source, bits_most(limit, bf16), target, count) : 0;
+    size_t begin = from == to ? copy_good(source, bits_most(limit, bf16), target, count, false) : 0;
     for (size_t i = begin; i < count; i += 16) {
         size_t some = count - i < 16 ? count - i : 16;
         uint16_t half[16];
@@ -76,6 +80,14 @@ size_t KV_LANES_FN(convert)(const void *source, enum kv_dtype from, enum kv_dtyp
         if (good != 0xffff) return i + (size_t)__builtin_ctz(~good);
     }
     return count;
+}
+
+size_t KV_LANES_FN(convert_away)(const void *source, enum kv_dtype from, enum kv_dtype to, float limit,
+                                 uint16_t *target, size_t count) {
+    if (from == to && count % 32 == 0 && (uintptr_t)target % 64 == 0 &&
+        copy_good(source, bits_most(limit, to == KV_DTYPE_BF16), target, count, true) == count)
+        return count;
+    return KV_LANES_FN(convert)(source, from, to, limit, target, count);
 }
 
 void KV_LANES_FN(widen)(const void *source, enum kv_dtype from, float factor, float *target,

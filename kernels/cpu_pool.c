@@ -415,6 +415,10 @@ static bool worker_open(struct kv_cpu_worker *worker, const struct kv_cpu_isa *i
     return true;
 }
 
+const struct kv_cpu_isa *kv_cpu_device_isa(const struct kv_device *device) {
+    return ((const struct pool *)device)->isa;
+}
+
 static enum kv_status thread_start(struct pool *pool, struct thread *thread) {
     if (!worker_open(&thread->worker, pool->isa)) return KV_BUSY;
     thread->pool = pool;

@@ -77,6 +77,7 @@ void kv_cpu_submit(struct kv_stream *stream, const struct kv_cpu_op *op);
 /* The pool's half of kv_cpu_backend. */
 enum kv_status kv_cpu_open(const struct kv_device_options *options, struct kv_device **out);
 void kv_cpu_close(struct kv_device *device);
+const struct kv_cpu_isa *kv_cpu_device_isa(const struct kv_device *device);
 enum kv_status kv_cpu_stream_open(struct kv_device *device, struct kv_stream **out);
 void kv_cpu_stream_close(struct kv_stream *stream);
 uint64_t kv_cpu_stream_mark(struct kv_stream *stream);

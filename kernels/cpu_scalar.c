@@ -83,5 +83,6 @@ const struct kv_cpu_isa kv_cpu_scalar = {
     .dequantize = kv_scalar_dequantize,
     .attend = kv_scalar_attend,
     .convert = convert,
+    .convert_away = convert,
     .widen = widen,
 };

@@ -48,6 +48,14 @@ void kv_kernel_ingest(struct kv_stream *stream, const struct kv_shape *shape, ui
     stream->backend->ingest(stream, shape, count, items);
 }
 
+uint32_t kv_kernel_ingest_here(const struct kv_device *device, const struct kv_shape *shape,
+                               const struct kv_ingest *item, void *scratch) {
+    KV_CHECK(device->backend->is_host && kv_shape_valid(shape));
+    KV_CHECK(dtype_fits(shape, item->dtype) && rows_fit_page(item->token, item->tokens));
+    KV_CHECK(item->pieces != NULL && item->page != NULL && scratch != NULL);
+    return device->backend->ingest_here(device, shape, item, scratch);
+}
+
 void kv_kernel_emit(struct kv_stream *stream, const struct kv_shape *shape, uint32_t count,
                     const struct kv_emit *items) {
     check_call(stream, shape, count, items);

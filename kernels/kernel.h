@@ -73,6 +73,12 @@ struct kv_ingest {
 void kv_kernel_ingest(struct kv_stream *stream, const struct kv_shape *shape, uint32_t count,
                       const struct kv_ingest *items);
 
+/* The same for one item whose rows lie in pieces and whose page is not read soon, on the calling thread
+ * [any], before it returns: what item->fault would get, or 0 (item->fault is not used).  Only where
+ * kv_device_is_host().  scratch: bytes of one token's rows in item->dtype. */
+uint32_t kv_kernel_ingest_here(const struct kv_device *device, const struct kv_shape *shape,
+                               const struct kv_ingest *item, void *scratch);
+
 /* Raw page -> token-major rows in `dtype`: F32, or the page's own. */
 struct kv_emit {
     const void *page;

@@ -147,6 +147,8 @@ struct kv_put { /* PUT, PUT_END */
      * takes pieces. */
     const struct kv_span *pieces;    /* in, or NULL */
     uint32_t piece_count;            /* in */
+    bool landed;                     /* in: kv_engine_land() has put it into its block */
+    uint32_t fault;                  /* in, if it landed: what kv_kernel_ingest_here() found */
     bool complete;                   /* out: this page finished the block (or it existed): the
                                         other out fields hold.  false: page taken, go on */
     bool existed;                    /* out */
@@ -334,6 +336,15 @@ void kv_engine_close(struct kv_engine *engine); /* after run has returned */
 
 /* [any thread] True if a Put's page may come as kv_put.pieces. */
 bool kv_engine_takes_pieces(const struct kv_engine *engine);
+
+/* [any thread] Puts a page that came as pieces into its block, here and now, if the engine has made room for
+ * the block: a page that stays in 16 bits, behind the first of its block.  Nothing else is done with the
+ * request, which stays the caller's; put.stream is set.
+ *    KV_LANDED_NOT    submit it as it is
+ *    KV_LANDED        the page is in: release the request, there is nothing to answer
+ *    KV_LANDED_TELL   submit it: it may complete its block, or was bad */
+enum kv_landed { KV_LANDED_NOT, KV_LANDED, KV_LANDED_TELL };
+enum kv_landed kv_engine_land(struct kv_engine *engine, struct kv_request *request);
 
 /* [any thread] A free request, zeroed but for its staging fields, or NULL.  with_staging: it
  * brings a staging buffer.  `on_free` (may be NULL) is called on the releasing thread whenever

@@ -15,6 +15,7 @@
  *   engine_attend*.c  ATTEND: append, then waves of pages through the kernel
  *   engine_get.c      FETCH, GET: one page back
  *   engine_put.c      PUT, PUT_END: one page in
+ *   engine_land.c     pages that lanes put into their blocks themselves
  *   engine_gpu.c      which copies of blocks a device with memory of its own has
  *   engine_lookup.c   LOOKUP, and the prefix that OPEN starts with
  *
@@ -43,6 +44,8 @@
 #include "service/names.h"
 #include "service/session.h"
 #include "service/snapshot.h"
+
+#include <pthread.h>
 
 enum {
     LANES = 16,            /* operations with kernels or pins at once; 150 KB of notes each */
@@ -254,6 +257,9 @@ struct kv_engine {
 
     struct put_block *puts; /* [put_max] */
     uint32_t put_max;
+    pthread_mutex_t land_lock;
+    struct landing *landings; /* [put_max], beside puts; with their list under land_lock */
+    struct landing *landing_first;
 
     /* Arguments of one kernel call, which copies them. */
     struct kv_ingest ingests[KV_ITEMS_MAX];
@@ -303,6 +309,9 @@ void task_fail(struct kv_engine *engine, struct task *task, enum kv_status statu
                const char *field, const char *message);
 /* True and the task ended: it was stopped while it waited. */
 bool task_was_stopped(struct kv_engine *engine, struct task *task);
+
+/* One task runs and no request waits: what it does on this thread holds up nobody. */
+bool engine_is_free(const struct kv_engine *engine);
 
 /* A task of the engine's own; NULL: none is free. */
 struct task *task_create(struct kv_engine *engine, struct kv_request *request);
@@ -371,6 +380,17 @@ bool block_find(struct kv_engine *engine, const struct layout_entry *layout, uin
 void put_start(struct kv_engine *engine, struct task *task);
 void put_end_start(struct kv_engine *engine, struct task *task);
 enum kv_status engine_puts_open(struct kv_engine *engine);
+
+/* engine_land.c.  `index` is of a put and its landing.  begin: pages of this block may be claimed from now on,
+ * and land at `address` if that is not NULL.  claim: false, the page came before.  count: pages that have
+ * landed.  end: none may land any more; false: a lane still writes to the block. */
+enum kv_status engine_landings_open(struct kv_engine *engine, uint32_t count);
+void engine_landings_close(struct kv_engine *engine);
+void landing_begin(struct kv_engine *engine, uint32_t index, const struct kv_put *put,
+                   const struct layout_entry *layout, uint8_t *address);
+bool landing_claim(struct kv_engine *engine, uint32_t index, uint32_t layer);
+uint32_t landing_count(struct kv_engine *engine, uint32_t index);
+bool landing_end(struct kv_engine *engine, uint32_t index);
 void engine_puts_close(struct kv_engine *engine);
 void get_start(struct kv_engine *engine, struct task *task);
 void fetch_start(struct kv_engine *engine, struct task *task);

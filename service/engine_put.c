@@ -4,18 +4,20 @@
  * A block that is being put stands in a table, by stream and digest:
  *
  *      (none) --first page: reserve--> FILLING --last page--> (none), in the cache
- *         |                               | a page was bad, and no other is on a lane
+ *         |                               | a page was bad, and no other is being written
  *         |                               +--> abandoned
  *         +--first page: it is there--> THERE --its other pages, or others push it out--> (none)
  *
  * THERE exists so that a block that was not needed is answered once, however many of its pages the
  * client had sent by then.  Pages of a block may be on several lanes at once: they write different
- * parts of its memory, and `on_lanes` says when it can be given back.
+ * parts of its memory, and `on_lanes` says when it can be given back.  Pages that land (engine_land.c)
+ * are counted beside those.
  */
 #include "service/engine_private.h"
 
 #include <stdlib.h>
 
+enum { SHORT_BYTES = 512 << 10 };
 
 struct put_block {
     enum { PUT_FREE, PUT_FILLING, PUT_FAILED, PUT_THERE } state;
@@ -28,8 +30,7 @@ struct put_block {
     struct kv_slot slot;
     uint8_t *device;    /* its bytes in the gpu tier until it is committed; NULL: none */
     uint32_t on_lanes;  /* pages being worked on */
-    uint32_t page_count; /* that are done, or came although the block was there */
-    uint8_t pages[KV_LAYERS_MAX / 8]; /* bit: it came */
+    uint32_t page_count; /* that are done, or came although the block was there; without landed ones */
 };
 
 enum kv_status engine_puts_open(struct kv_engine *engine) {
@@ -37,11 +38,17 @@ enum kv_status engine_puts_open(struct kv_engine *engine) {
      * quarter of the requests share what there is. */
     engine->put_max = KV_PUT_OPEN_MAX * 2 * (engine->options.request_count / 4);
     engine->puts = calloc(engine->put_max, sizeof engine->puts[0]);
-    return engine->puts ? KV_OK : KV_BUSY;
+    return engine->puts ? engine_landings_open(engine, engine->put_max) : KV_BUSY;
 }
 
+static uint32_t put_index(const struct kv_engine *engine, const struct put_block *block) {
+    return (uint32_t)(block - engine->puts);
+}
+
+/* Its stream has no page on a lane of ours or of rpc's. */
 static void put_free(struct kv_engine *engine, struct put_block *block) {
-    KV_CHECK(block->on_lanes == 0);
+    bool alone = landing_end(engine, put_index(engine, block));
+    KV_CHECK(alone && block->on_lanes == 0);
     if (block->state == PUT_FILLING || block->state == PUT_FAILED)
         kv_store_abandon(engine->options.store, &block->slot);
     gpu_scratch_free(engine, block->device);
@@ -53,14 +60,7 @@ void engine_puts_close(struct kv_engine *engine) {
     for (uint32_t i = 0; engine->puts && i < engine->put_max; i++)
         if (engine->puts[i].state != PUT_FREE) put_free(engine, &engine->puts[i]);
     free(engine->puts);
-}
-
-static bool page_seen(const struct put_block *block, uint32_t layer) {
-    return block->pages[layer / 8] >> layer % 8 & 1;
-}
-
-static void page_note(struct put_block *block, uint32_t layer) {
-    block->pages[layer / 8] |= (uint8_t)(1 << layer % 8);
+    engine_landings_close(engine);
 }
 
 static uint32_t page_bytes(const struct put_block *block) {
@@ -117,10 +117,21 @@ static void put_fail(struct kv_engine *engine, struct task *task, enum kv_status
     task_finish(engine, task);
 }
 
-/* A page of the block could not be taken: none of it will be. */
+/* A page of the block could not be taken: none of it will be.  What a lane still writes to is freed with
+ * the next page that comes for it, or with the stream. */
 static void block_fail(struct kv_engine *engine, struct put_block *block) {
     block->state = PUT_FAILED;
-    if (block->on_lanes == 0) put_free(engine, block);
+    if (landing_end(engine, put_index(engine, block)) && block->on_lanes == 0) put_free(engine, block);
+}
+
+/* Element `fault` - 1 of the page is none that the codec takes. */
+static void page_fault(struct kv_request *request, const struct put_block *block, uint32_t fault) {
+    const struct kv_layout *l = &block->layout->info.layout;
+    uint32_t half = KV_BLOCK_TOKENS * l->heads * l->head_dim, element = fault - 1;
+    request_fail(request, KV_INVALID, "data",
+                 "%s of token %u, head %u, channel %u is not finite or above 65504",
+                 element >= half ? "v" : "k", element % half / (l->heads * l->head_dim),
+                 element / l->head_dim % l->heads, element % l->head_dim);
 }
 
 static void put_durable(struct kv_engine *engine, struct task *task) {
@@ -152,6 +163,27 @@ static void put_there(struct kv_engine *engine, struct task *task, enum kv_durab
     task_wait_store(task, put_durable);
 }
 
+/* Commits the block if all its pages are in; the task ends either way, or waits for the disk. */
+static void block_try(struct kv_engine *engine, struct task *task, struct put_block *block) {
+    uint32_t landed = landing_count(engine, put_index(engine, block));
+    if (block->page_count + landed < block->layout->info.layout.layers) {
+        task_finish(engine, task);
+        return;
+    }
+    /* Landed pages had no request that was counted, but for the one that was told of. */
+    engine->stats.bytes_in += (uint64_t)landed * 2 * KV_BLOCK_TOKENS * block->layout->row_bytes;
+    if (task->request->put.landed) engine->stats.bytes_in -= task->request->bytes_in;
+    landing_end(engine, put_index(engine, block));
+    uint64_t bytes = block_bytes(block);
+    enum kv_durability durability = block->durability;
+    kv_store_commit(engine->options.store, &block->slot, false);
+    gpu_adopt(engine, &block->digest, block->device);
+    engine->stats.blocks_sealed++;
+    block->device = NULL;
+    block->state = PUT_FREE;
+    put_there(engine, task, durability, bytes, false);
+}
+
 static void put_taken(struct kv_engine *engine, struct task *task) {
     struct put_block *block = task->put.block;
     struct kv_request *request = task->request;
@@ -161,17 +193,11 @@ static void put_taken(struct kv_engine *engine, struct task *task) {
     task->put.scratch = NULL;
     uint32_t fault = task->lane->faults[0];
     if (task->stopped != KV_OK || device != KV_OK || fault || !request) {
-        if (request && fault) {
-            const struct kv_layout *l = &block->layout->info.layout;
-            uint32_t half = KV_BLOCK_TOKENS * l->heads * l->head_dim, element = fault - 1;
-            request_fail(request, KV_INVALID, "data",
-                         "%s of token %u, head %u, channel %u is not finite or above 65504",
-                         element >= half ? "v" : "k", element % half / (l->heads * l->head_dim),
-                         element / l->head_dim % l->heads, element % l->head_dim);
-        } else if (request) {
+        if (request && fault)
+            page_fault(request, block, fault);
+        else if (request)
             request_fail(request, device != KV_OK ? device : task->stopped, "",
                          "stopped before the page was taken");
-        }
         block_fail(engine, block);
         task_finish(engine, task);
         return;
@@ -181,18 +207,29 @@ static void put_taken(struct kv_engine *engine, struct task *task) {
         put_fail(engine, task, KV_INVALID, "data", "another page of this block was refused");
         return;
     }
-    if (++block->page_count < block->layout->info.layout.layers) {
+    block->page_count++;
+    block_try(engine, task, block);
+}
+
+/* The last page of a block that is being put behind its first one. */
+static void put_landed(struct kv_engine *engine, struct task *task) {
+    struct kv_request *request = task->request;
+    struct put_block *block =
+        request ? put_find(engine, request->put.stream, &request->put.digest) : NULL;
+    if (task->stopped != KV_OK) {
+        put_fail(engine, task, task->stopped, "", "stopped before the block was complete");
+    } else if (!block || block->state == PUT_THERE) {
+        task_finish(engine, task); /* the first page came in last: it has answered for all of them */
+    } else if (block->state == PUT_FAILED) {
+        block_fail(engine, block);
+        put_fail(engine, task, KV_INVALID, "data", "another page of this block was refused");
+    } else if (request->put.fault) {
+        page_fault(request, block, request->put.fault);
+        block_fail(engine, block);
         task_finish(engine, task);
-        return;
+    } else {
+        block_try(engine, task, block);
     }
-    uint64_t bytes = block_bytes(block);
-    enum kv_durability durability = block->durability;
-    kv_store_commit(engine->options.store, &block->slot, false);
-    gpu_adopt(engine, &block->digest, block->device);
-    engine->stats.blocks_sealed++;
-    block->device = NULL;
-    block->state = PUT_FREE;
-    put_there(engine, task, durability, bytes, false);
 }
 
 static size_t scratch_of(const struct kv_request *request, const struct layout_entry *layout) {
@@ -250,6 +287,13 @@ static void put_quantize(struct kv_engine *engine, struct task *task) {
     task_wait_ticket(engine, task, put_taken);
 }
 
+/* The first page of a block whose others land: a copy of at most 40 us, less than waking a worker and
+ * being woken by it, if nobody else waits for the engine. */
+static bool page_is_short(const struct kv_engine *engine, const struct task *task, bool raw) {
+    return raw && task->request->put.pieces && task->put.block->layout->raw_bytes <= SHORT_BYTES &&
+           engine_is_free(engine);
+}
+
 /* Packed bytes straight into the block; rows to a raw page first, in the block itself if it stays
  * raw, or behind the rows in staging. */
 static void put_page(struct kv_engine *engine, struct task *task) {
@@ -258,7 +302,6 @@ static void put_page(struct kv_engine *engine, struct task *task) {
     const struct layout_entry *layout = block->layout;
     struct kv_stream *stream = task->lane->stream;
     bool raw = block->raw || layout->shape.codec.kind == KV_CODEC_RAW;
-    page_note(block, request->put.layer); /* now: it may come again before this one is done */
     block->on_lanes++;
     task->lane->faults[0] = 0;
     if (request->put.form == KV_FORM_PACKED) {
@@ -281,6 +324,13 @@ static void put_page(struct kv_engine *engine, struct task *task) {
         .page = raw ? page_target(task) : page_scratch(task),
         .fault = &task->lane->faults[0],
     };
+    if (page_is_short(engine, task, raw)) {
+        size_t array_bytes = request->put.piece_count * sizeof request->put.pieces[0];
+        task->lane->faults[0] = kv_kernel_ingest_here(engine->options.device, &layout->shape, &ingest,
+                                                      request->staging + array_bytes);
+        put_taken(engine, task);
+        return;
+    }
     kv_kernel_ingest(stream, &layout->shape, 1, &ingest);
     if (raw) page_out(task);
     task_wait_ticket(engine, task, raw ? put_taken : put_quantize);
@@ -318,7 +368,8 @@ static bool block_begin(struct kv_engine *engine, struct task *task,
         }
         block_init(block, put, layout);
         block->state = PUT_THERE;
-        page_note(block, put->layer);
+        landing_begin(engine, put_index(engine, block), put, layout, NULL);
+        landing_claim(engine, put_index(engine, block), put->layer);
         if (++block->page_count == layout->info.layout.layers) block->state = PUT_FREE;
         engine->stats.blocks_shared++;
         put_there(engine, task, put->durability,
@@ -344,6 +395,9 @@ static bool block_begin(struct kv_engine *engine, struct task *task,
     fresh.state = PUT_FILLING;
     fresh.device = gpu_scratch(engine, (uint64_t)extent.part_count * extent.part_bytes);
     *block = fresh;
+    bool lands = engine->is_host && (put->raw || layout->shape.codec.kind == KV_CODEC_RAW);
+    landing_begin(engine, put_index(engine, block), put, layout, lands ? fresh.slot.address : NULL);
+    landing_claim(engine, put_index(engine, block), put->layer);
     task->put.block = block;
     return true;
 }
@@ -365,11 +419,14 @@ static void put_begin(struct kv_engine *engine, struct task *task) {
         put_fail(engine, task, KV_INVALID, block->raw != put->raw ? "raw" : "fingerprint",
                  "differs from the earlier pages of this block");
     } else if (block->state == PUT_FAILED) {
+        block_fail(engine, block);
         put_fail(engine, task, KV_INVALID, "data", "another page of this block was refused");
-    } else if (page_seen(block, put->layer)) {
-        task_finish(engine, task); /* the same page again */
+    } else if (!landing_claim(engine, put_index(engine, block), put->layer)) {
+        /* The same page again.  If its first copy landed, and the engine could not be told, it hears of
+         * it now. */
+        if (block->state == PUT_FILLING) block_try(engine, task, block);
+        else task_finish(engine, task);
     } else if (block->state == PUT_THERE) {
-        page_note(block, put->layer);
         if (++block->page_count == layout->info.layout.layers) block->state = PUT_FREE;
         task_finish(engine, task);
     } else {
@@ -411,6 +468,10 @@ void put_start(struct kv_engine *engine, struct task *task) {
     put->bytes_held = 0;
     task->is_put = true;
     task->put.stream = put->stream;
+    if (put->landed) {
+        task_run(engine, task, put_landed);
+        return;
+    }
     if (!layout) {
         put_fail(engine, task, KV_NOT_FOUND, "fingerprint", "no such layout is registered");
         return;

@@ -333,7 +333,7 @@ void engine_expire_tasks(struct kv_engine *engine) {
 
 /* Work of this task may run here and now if nobody waits for the engine meanwhile: it is the only task
  * that runs, and no request has come since.  One that comes now waits KV_IN_PLACE_NS at most. */
-static bool engine_is_free(const struct kv_engine *engine) {
+bool engine_is_free(const struct kv_engine *engine) {
     return engine->running.first == engine->running.last && !engine->laneless.first &&
            !kv_inbox_waiting(engine->inbox);
 }

@@ -31,6 +31,7 @@
 #include <grpc/slice.h>
 #include <grpc/support/alloc.h>
 
+#include "clients/c/bulk.h"
 #include "clients/c/error.h"
 
 enum {
@@ -66,6 +67,7 @@ static const char *const METHOD_PATHS[METHOD_COUNT] = {
 
 struct transport {
     grpc_channel *channel;
+    char *target;
     void *methods[METHOD_COUNT]; /* the channel's handles for METHOD_PATHS */
     uint32_t timeout_ms, spin_us;
     uint32_t start_flags; /* of SEND_INITIAL_METADATA */
@@ -82,6 +84,7 @@ enum tag { TAG_START = 1, TAG_STATUS, TAG_SEND, TAG_RECEIVE, TAG_FINISH };
 struct stream {
     struct transport *transport;
     enum method method;
+    grpc_channel *channel;  /* its own, or NULL: the transport's */
     grpc_call *call;
     grpc_completion_queue *queue;
     uint32_t batches;       /* whose event is still to come */
@@ -168,7 +171,8 @@ static void queue_return(struct transport *transport, grpc_completion_queue *que
     if (!kept) queue_destroy(queue);
 }
 
-static grpc_channel *channel_open(const char *target) {
+/* To the service: the one connection that is made again, or one for a stream of bulk, which may be NULL. */
+static grpc_channel *channel_open(const char *target, bool bulk) {
     grpc_arg arguments[] = {
         {GRPC_ARG_INTEGER, (char *)GRPC_ARG_MAX_RECEIVE_MESSAGE_LENGTH,
          .value.integer = RECEIVE_BYTES_MAX},
@@ -190,6 +194,7 @@ static grpc_channel *channel_open(const char *target) {
          .value.integer = RECONNECT_MAX_MS},
     };
     grpc_channel_args list = {sizeof arguments / sizeof *arguments, arguments};
+    if (bulk) return bulk_channel_open(target, &list);
     grpc_channel_credentials *credentials = grpc_insecure_credentials_create();
     grpc_channel *channel = grpc_channel_create(target, credentials, &list);
     grpc_channel_credentials_release(credentials);
@@ -209,7 +214,9 @@ struct transport *transport_open(const struct kivi_options *options, struct kivi
     if (options->wait_for_service)
         transport->start_flags =
             GRPC_INITIAL_METADATA_WAIT_FOR_READY | GRPC_INITIAL_METADATA_WAIT_FOR_READY_EXPLICITLY_SET;
-    transport->channel = channel_open(options->target);
+    transport->target = strdup(options->target);
+    if (!transport->target) abort();
+    transport->channel = channel_open(options->target, false);
     for (int i = 0; i < METHOD_COUNT; i++)
         transport->methods[i] =
             grpc_channel_register_call(transport->channel, METHOD_PATHS[i], NULL, NULL);
@@ -223,6 +230,7 @@ void transport_close(struct transport *transport) {
     for (size_t i = 0; i < transport->queue_count; i++) queue_destroy(transport->queues[i]);
     grpc_channel_destroy(transport->channel);
     pthread_mutex_destroy(&transport->lock);
+    free(transport->target);
     free(transport);
     grpc_shutdown();
 }
@@ -411,9 +419,16 @@ struct stream *stream_open(struct transport *transport, enum method method,
     stream->status_text = grpc_empty_slice();
     grpc_metadata_array_init(&stream->initial);
     grpc_metadata_array_init(&stream->trailing);
-    stream->call = grpc_channel_create_registered_call(
-        transport->channel, NULL, GRPC_PROPAGATE_DEFAULTS, stream->queue,
-        transport->methods[method], gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL);
+    if (method == METHOD_PUT) stream->channel = channel_open(transport->target, true);
+    if (stream->channel)
+        stream->call = grpc_channel_create_call(
+            stream->channel, NULL, GRPC_PROPAGATE_DEFAULTS, stream->queue,
+            grpc_slice_from_static_string(METHOD_PATHS[method]), NULL,
+            gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL);
+    else
+        stream->call = grpc_channel_create_registered_call(
+            transport->channel, NULL, GRPC_PROPAGATE_DEFAULTS, stream->queue,
+            transport->methods[method], gpr_inf_future(GPR_CLOCK_MONOTONIC), NULL);
 
     grpc_op status = {.op = GRPC_OP_RECV_STATUS_ON_CLIENT,
                       .data.recv_status_on_client = {.trailing_metadata = &stream->trailing,
@@ -450,6 +465,9 @@ void stream_close(struct stream *stream) {
     if (!stream->over) grpc_call_cancel(stream->call, NULL);
     /* A cancelled call ends all its batches at once. */
     while (stream->batches > 0) stream_pump(stream, 1000000);
+    /* What a call that ended early had not sent yet goes with the call. */
+    grpc_call_unref(stream->call);
+    if (stream->channel) grpc_channel_destroy(stream->channel);
     stream_settle(stream);
 
     taken_release(stream);
@@ -457,7 +475,6 @@ void stream_close(struct stream *stream) {
     grpc_slice_unref(stream->status_text);
     grpc_metadata_array_destroy(&stream->initial);
     grpc_metadata_array_destroy(&stream->trailing);
-    grpc_call_unref(stream->call);
     queue_return(stream->transport, stream->queue);
     wire_message_free(&stream->message);
     free(stream->pieces);

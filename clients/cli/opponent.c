@@ -15,6 +15,8 @@
 #include <grpc/grpc_security.h>
 #include <grpc/slice.h>
 
+#include "clients/c/bulk.h"
+
 static const char *const METHOD = "/kivi.bench.Opponent/Stream";
 
 static double seconds_now(void) {
@@ -114,6 +116,17 @@ struct opponent {
     uint32_t spin_us;
 };
 
+/* On a socket set as libkivi sets the one of a Put, once the server listens. */
+static grpc_channel *connect_soon(const char *address, const grpc_channel_args *arguments) {
+    const struct timespec pause = {.tv_nsec = 5000000};
+    for (int i = 0; i < 1000; i++) {
+        grpc_channel *channel = bulk_channel_open(address, arguments);
+        if (channel) return channel;
+        nanosleep(&pause, NULL);
+    }
+    abort(); /* the server is our own child, and does nothing before it listens */
+}
+
 struct opponent *opponent_open(const char *path, uint32_t spin_us) {
     char address[600];
     struct opponent *opponent = calloc(1, sizeof *opponent);
@@ -123,9 +136,7 @@ struct opponent *opponent_open(const char *path, uint32_t spin_us) {
     grpc_arg argument = {GRPC_ARG_INTEGER, (char *)GRPC_ARG_MAX_SEND_MESSAGE_LENGTH,
                          .value.integer = -1};
     grpc_channel_args arguments = {1, &argument};
-    grpc_channel_credentials *credentials = grpc_insecure_credentials_create();
-    opponent->channel = grpc_channel_create(address, credentials, &arguments);
-    grpc_channel_credentials_release(credentials);
+    opponent->channel = connect_soon(address, &arguments);
     opponent->queue = grpc_completion_queue_create_for_next(NULL);
     opponent->spin_us = spin_us;
     return opponent;

@@ -217,6 +217,13 @@ static enum kv_status decode(struct call *call, struct workspace *workspace,
     return request->status = KV_INVALID;
 }
 
+/* A page that can go into its block does so here; true: that was all there was to do. */
+static bool land(struct call *call, struct kv_request *request) {
+    if (request->kind != KV_REQUEST_PUT) return false;
+    request->put.stream = call->number;
+    return request->put.pieces && kv_engine_land(call->rpc->engine, request) == KV_LANDED;
+}
+
 /* The message that arrived becomes a request.  Its payload is copied without the lock, so that the
  * engine thread never waits for a copy; or it is lent, and the message kept until the request is done. */
 static void accept(struct call *call, struct workspace *workspace) {
@@ -230,15 +237,17 @@ static void accept(struct call *call, struct workspace *workspace) {
     pthread_mutex_unlock(&call->lock);
 
     enum kv_status status = decode(call, workspace, message, request);
+    bool landed = status == KV_OK && land(call, request);
     bool lent = request->kind == KV_REQUEST_PUT && request->put.pieces;
     if (!lent) grpc_byte_buffer_destroy(message);
 
     pthread_mutex_lock(&call->lock);
     call->accepting = false;
     flight->message = lent ? message : NULL;
-    if (request->kind == KV_REQUEST_PUT) request->put.stream = call->number;
     if (status != KV_OK) {
         call_end_with(call, request, flight->sequence);
+        flight_clear(flight);
+    } else if (landed) {
         flight_clear(flight);
     } else {
         flight->state = FLIGHT_HELD;

@@ -175,6 +175,10 @@ void kv_engine_stop(struct kv_engine *engine) {
     pthread_mutex_unlock(&engine->lock);
 }
 
+enum kv_landed kv_engine_land(struct kv_engine *engine, struct kv_request *request) {
+    return KV_LANDED_NOT;
+}
+
 bool kv_engine_takes_pieces(const struct kv_engine *engine) {
     return false;
 }
