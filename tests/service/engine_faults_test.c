@@ -300,6 +300,86 @@ static void a_restore_may_be_stopped_at_any_moment(void **state) {
     assert_true(stopped > ROUNDS / 8); /* else it tests nothing */
 }
 
+/* A page of a block in the middle of the context: layer 1's, by the session or by the block's digest. */
+static struct kv_request *page_request(struct setting *s, enum kv_request_kind kind,
+                                       const struct kv_digest *digest) {
+    struct kv_request *request = lab_request(&s->lab, kind);
+    if (kind == KV_REQUEST_FETCH) {
+        request->fetch = (struct kv_fetch){.session = s->session, .layer = 1, .begin = 640, .tokens = 128};
+    } else {
+        request->get = (struct kv_get){.fingerprint = s->fingerprint, .digest = *digest, .layer = 1};
+        request->get.form = KV_FORM_FULL;
+    }
+    return request;
+}
+
+/* The digest of the block whose first token is 640. */
+static struct kv_digest digest_in_the_middle(struct setting *s) {
+    struct kv_request *request = lab_request(&s->lab, KV_REQUEST_DESCRIBE);
+    strcpy(request->named.name, "text");
+    assert_int_equal(lab_call(&s->lab, request)->status, KV_OK);
+    assert_true(request->named.digest_count > 5);
+    struct kv_digest digest;
+    memcpy(&digest, request->staging + request->reply_offset + 5 * sizeof digest, sizeof digest);
+    lab_done(&s->lab, request);
+    return digest;
+}
+
+/* Fetch and Get of a block on disk, stopped at any moment of reading it: as for Attend above. */
+static void pages_may_be_stopped_at_any_moment(struct setting *s, enum kv_request_kind kind) {
+    enum { ROUNDS = 40, SLOW_US = 10000 };
+    struct lab_random random = {lab_seed()};
+    uint32_t buffers = buffers_free(s), stopped = 0;
+    struct kv_digest digest = digest_in_the_middle(s);
+    struct kv_request *request = lab_call(&s->lab, page_request(s, kind, &digest));
+    assert_int_equal(request->status, KV_OK);
+    size_t bytes = request->reply_bytes;
+    uint8_t *truth = malloc(bytes);
+    memcpy(truth, request->staging + request->reply_offset, bytes);
+    lab_done(&s->lab, request);
+
+    for (int i = 0; i < ROUNDS; i++) {
+        lab_close(&s->lab); /* cold again */
+        reopen(s);
+        mood_set(KV_IO_READ, 0, SLOW_US);
+        bool by_deadline = i % 2;
+        uint64_t moment = (uint64_t)(lab_uniform(&random) * 2 * SLOW_US);
+        request = page_request(s, kind, &digest);
+        if (by_deadline) request->deadline_us = clock_us() + moment;
+        lab_submit(&s->lab, request);
+        if (!by_deadline) {
+            usleep((useconds_t)moment);
+            atomic_store(&request->cancelled, true);
+        }
+        lab_wait(request);
+        if (request->status != KV_OK) {
+            assert_int_equal(request->status, by_deadline ? KV_DEADLINE : KV_CANCELLED);
+            assert_int_equal(request->reply_bytes, 0);
+            lab_done(&s->lab, request);
+            mood_good();
+            request = lab_call(&s->lab, page_request(s, kind, &digest));
+            assert_int_equal(request->status, KV_OK);
+            stopped++;
+        }
+        assert_int_equal(request->reply_bytes, bytes);
+        assert_memory_equal(request->staging + request->reply_offset, truth, bytes);
+        lab_done(&s->lab, request);
+        mood_good();
+        assert_int_equal(buffers_free(s), buffers);
+        assert_int_equal(lab_stats(&s->lab).store.corruptions, 0);
+    }
+    free(truth);
+    assert_true(stopped > ROUNDS / 8); /* else it tests nothing */
+}
+
+static void a_fetch_may_be_stopped_at_any_moment(void **state) {
+    pages_may_be_stopped_at_any_moment(*state, KV_REQUEST_FETCH);
+}
+
+static void a_get_may_be_stopped_at_any_moment(void **state) {
+    pages_may_be_stopped_at_any_moment(*state, KV_REQUEST_GET);
+}
+
 /* ---- Writes -------------------------------------------------------------------------------------- */
 
 /* While the disk refuses, what is in memory stays there and is answered from; a commit says that it has
@@ -347,6 +427,8 @@ int main(void) {
         TEST(a_deadline_does_not_wait_for_the_disk),
         TEST(a_cancelled_restore_is_let_go),
         TEST(a_restore_may_be_stopped_at_any_moment),
+        TEST(a_fetch_may_be_stopped_at_any_moment),
+        TEST(a_get_may_be_stopped_at_any_moment),
         TEST(writes_that_fail),
         TEST(a_full_disk),
         TEST(a_sync_that_fails),
