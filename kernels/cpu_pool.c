@@ -16,6 +16,11 @@
  * At most one worker at a time watches without sleeping, and only while that has paid off:
  * waking a thread costs 5 to 50 us on the machines measured, the operations of a decode
  * step follow each other faster than that, and a machine with two cores has none to waste.
+ *
+ * Places. With as many workers as there are CPUs, each has one of its own. Woken together by a
+ * thread that sleeps right after, several can be put on one CPU beside an idle one, and short
+ * operations end before the kernel's balancing looks (kernels/NOTES.md has what it cost). Fewer
+ * workers go where the kernel puts them: others have a claim to the CPUs then.
  */
 #include "kernels/cpu_pool.h"
 
@@ -76,6 +81,7 @@ struct stream {
 struct thread {
     pthread_t id;
     struct pool *pool;
+    int cpu; /* its own, or -1 */
     struct kv_cpu_worker worker;
     uint32_t next_stream;
     uint32_t stays;
@@ -268,9 +274,18 @@ static bool run_one(struct thread *thread) {
     return false;
 }
 
+/* A CPU that went away meanwhile is no reason to fail: the thread runs anywhere then. */
+static void stay_on(int cpu) {
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    CPU_SET(cpu, &set);
+    sched_setaffinity(0, sizeof set, &set);
+}
+
 static void *thread_main(void *argument) {
     struct thread *thread = argument;
     struct pool *pool = thread->pool;
+    if (thread->cpu >= 0) stay_on(thread->cpu);
     for (;;) {
         /* Read before looking for work: what is published later changes it.  Acquire, so
          * that the claims published before the signal are seen. */
@@ -393,12 +408,19 @@ void kv_cpu_stream_close(struct kv_stream *base) {
 static const size_t worker_bytes =
     KV_CPU_SCRATCH + (2 * KV_HEAD_DIM_MAX + 1) * KV_CPU_VECTORS * sizeof(float);
 
-static uint32_t cpus_usable(void) {
+/* The CPUs that this process may use, KV_CPU_WORKERS_MAX at the most. */
+struct cpus {
+    uint32_t count;
+    int number[KV_CPU_WORKERS_MAX]; /* -1: not known */
+};
+
+static void cpus_usable(struct cpus *cpus) {
     cpu_set_t set;
+    cpus->count = 0;
     /* Fails where there are more CPUs than the set has bits: then there are enough. */
-    if (sched_getaffinity(0, sizeof set, &set) != 0) return KV_CPU_WORKERS_MAX;
-    uint32_t count = (uint32_t)CPU_COUNT(&set);
-    return count < KV_CPU_WORKERS_MAX ? count : KV_CPU_WORKERS_MAX;
+    bool known = sched_getaffinity(0, sizeof set, &set) == 0;
+    for (int cpu = 0; cpu < CPU_SETSIZE && cpus->count < KV_CPU_WORKERS_MAX; cpu++)
+        if (!known || CPU_ISSET(cpu, &set)) cpus->number[cpus->count++] = known ? cpu : -1;
 }
 
 static bool worker_open(struct kv_cpu_worker *worker, const struct kv_cpu_isa *isa) {
@@ -449,13 +471,16 @@ enum kv_status kv_cpu_open(const struct kv_device_options *options, struct kv_de
     pool->base.backend = &kv_cpu_backend;
     pool->base.name = isa->name;
     pool->isa = isa;
-    pool->can_spin = cpus_usable() > 1;
+    struct cpus cpus;
+    cpus_usable(&cpus);
+    pool->can_spin = cpus.count > 1;
     if (!worker_open(&pool->caller, isa)) {
         kv_cpu_unmap(pool, sizeof *pool);
         return KV_BUSY;
     }
-    uint32_t workers = options->workers != 0 ? options->workers : cpus_usable();
+    uint32_t workers = options->workers != 0 ? options->workers : cpus.count;
     for (uint32_t i = 0; i < workers; i++) {
+        pool->threads[i].cpu = workers == cpus.count ? cpus.number[i] : -1;
         enum kv_status status = thread_start(pool, &pool->threads[i]);
         if (status == KV_OK) continue;
         kv_cpu_close(&pool->base);

@@ -73,7 +73,7 @@ static const struct key keys[] = {
     {"What computes", "backend", KIND_TEXT, AT(backend), "auto", 0, 0, NULL,
      "auto (the fastest this machine has without a GPU), scalar, avx2, avx512, amx, cuda or cuda:N."},
     {NULL, "workers", KIND_COUNT, AT(workers), "0", 0, 256, NULL,
-     "Threads of a CPU backend. 0: one per CPU this process may use."},
+     "Threads of a CPU backend. 0: one per CPU this process may use, and each stays on its own."},
 
     {"How much at once", "layouts_max", KIND_COUNT, AT(layouts_max), "64", 1, 65536, NULL,
      "Registered layouts."},
