@@ -12,6 +12,7 @@
 transformers; `python -m kivi.eval` measures what a codec costs a model.
 """
 
+from ._calls import Tls
 from ._types import (Codec, Durability, FetchPart, Layout, LayoutInfo, LookupResult, Partial,
                      PutResult, SessionInfo, Tier, merge)
 from .client import Client, Session
@@ -25,6 +26,6 @@ __all__ = [
     "Durability", "FailedPrecondition", "FetchPart", "Internal", "InvalidArgument", "KiviError",
     "Layout", "LayoutInfo", "LookupResult", "NotFound", "Partial", "PermissionDenied",
     "PutResult", "ResourceExhausted", "Session", "SessionInfo", "Tier", "Unauthenticated",
-    "Unavailable", "Unimplemented", "merge",
+    "Tls", "Unavailable", "Unimplemented", "merge",
 ]
 __version__ = "0.1.0"

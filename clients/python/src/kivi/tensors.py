@@ -3,7 +3,7 @@
 
 Accepted: NumPy arrays, anything with `__dlpack__` (torch, JAX, CuPy) and the buffer protocol.
 No library is imported that the caller has not imported.  bfloat16, which NumPy lacks, is carried
-as uint16 bit patterns; results come back as float32 unless asked otherwise.
+as uint16 bit patterns, which a bf16 layout therefore accepts; its results come back as float32.
 """
 
 from __future__ import annotations
@@ -33,7 +33,12 @@ def to_numpy(array: Any) -> Tuple[np.ndarray, str]:
         elif type(array).__module__.startswith("jax"):
             array = np.asarray(array)
         elif hasattr(array, "__dlpack__"):
-            array = np.from_dlpack(array)
+            try:
+                array = np.from_dlpack(array)
+            except (BufferError, RuntimeError, TypeError) as error:
+                raise TypeError(f"{type(array).__name__}: NumPy cannot take it by DLPack ({error}); "
+                                "give bfloat16 as uint16 bit patterns, and what lies on a device "
+                                "as a copy in host memory") from error
         else:
             array = np.asarray(array)
     if array.dtype.name == "bfloat16":  # ml_dtypes, as JAX gives it
@@ -54,6 +59,8 @@ def to_wire(array: Any, dtype: str, shape: Sequence[int], name: str) -> memoryvi
         TypeError, ValueError: naming the argument, what it is and what it should be.
     """
     values, element = to_numpy(array)
+    if dtype == "bf16" and element == "uint16":
+        element = "bfloat16"
     if DTYPES.get(element, ("", 0))[0] != dtype:
         raise TypeError(f"{name}: elements are {element}, the layout says {dtype}; convert first")
     if len(values.shape) != len(shape) or any(

@@ -91,7 +91,10 @@ class Results:
         if self.path is None or not self.path.exists():
             return
         for line in self.path.read_text().splitlines():
-            entry = json.loads(line)
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # a writer was stopped in the middle of it: that batch is measured again
             if entry["key"] == self.key:
                 self.batches[entry["part"], entry["index"], entry["codec"]] = entry["sums"]
 
@@ -103,7 +106,7 @@ class Results:
         if self.path is not None:
             entry = {"key": self.key, "part": part, "index": index, "codec": codec, "sums": sums}
             with self.path.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write("\n" + json.dumps(entry) + "\n")  # apart from what a stop left there
 
     def total(self, part: str, codec: str, of: Optional[str] = None) -> Dict[str, float]:
         """A codec's sums over the batches that `of` (itself if None) was measured on."""
