@@ -256,6 +256,16 @@ def test_asyncio_does_the_same(daemon):
                 with pytest.raises(kivi.Aborted):
                     await s.append(0, k, v, expected_length=1)
                 names = [info.name async for info in client.sessions()]
+            info = await client.register(RAW)
+            page, block = tokens(RAW, 128), np.arange(128, dtype=np.int32)
+            put = await client.put(info, {0: page, 1: page}, token_ids=block)
+            found = await client.lookup(info, block)
+            assert found.digests == [put.digest] and not put.existed
+            got = {layer: (a, b) async for _, layer, a, b in client.get(info, [put.digest])}
+            assert (got[1][0] == page[0]).all() and (got[1][1] == page[1]).all()
+            await client.delete("a")
+            with pytest.raises(kivi.NotFound):
+                await client.delete("a")
         assert names == ["a"]
         assert (np.concatenate([p.k for p in parts]) == k).all()
         want, _ = attention(RAW, q, k, v, [300])

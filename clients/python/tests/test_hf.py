@@ -173,7 +173,26 @@ def test_what_cannot_be_done_is_refused_with_advice(client):
             cache.crop(-1)
         with pytest.raises(ValueError, match="one session per sequence"):
             model(ids(4, batch=2), past_key_values=cache)
+    with client.session("b", model=model.config) as s:
+        with pytest.raises(NotImplementedError, match="'packed' is described"):
+            kivi.hf.RemoteCache(model.config, s, mode="packed")
+        with pytest.raises(ValueError, match="not one of attend, fetch"):
+            kivi.hf.RemoteCache(model.config, s, mode="pack")
     with pytest.raises(NotImplementedError, match="sliding_window"):
         kivi.hf.check(transformers.MistralConfig(**{**SMALL, "sliding_window": 64}))
     with pytest.raises(NotImplementedError, match="sliding_attention"):
         kivi.hf.check(transformers.Gemma2Config(**SMALL))
+
+
+@pytest.mark.parametrize("how,advice", [(dict(num_beams=2), "num_beams=1|one session per sequence"),
+                                        (dict(assistant=True), "without an assistant")])
+def test_generate_refuses_what_rewrites_the_past(client, how, advice):
+    model = build()
+    model.set_attn_implementation("kivi")
+    if how.pop("assistant", False):
+        torch.manual_seed(5)
+        how["assistant_model"] = build()  # another model's guesses: some are taken back
+    with client.session("a", model=model.config) as s:
+        cache = kivi.hf.RemoteCache(model.config, s)
+        with pytest.raises((NotImplementedError, ValueError), match=advice):
+            model.generate(ids(40), max_new_tokens=20, do_sample=False, past_key_values=cache, **how)

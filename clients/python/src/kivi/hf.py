@@ -97,6 +97,9 @@ class RemoteCache(Cache):
     def __init__(self, config: Any, sessions: Union[Session, Sequence[Session]], *,
                  mode: str = "attend") -> None:
         check(config)
+        if mode == "packed":
+            raise NotImplementedError("mode: 'packed' is described in kivi.hf, but not built; use "
+                                      "'attend', or 'fetch' for a stock attention")
         if mode not in ("attend", "fetch"):
             raise ValueError(f"mode: {mode!r} is not one of attend, fetch")
         self.sessions: List[Session] = ([sessions] if isinstance(sessions, Session)
