@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* bench.cu - the CUDA backend against the clock.  Run by tests/device/run.
  *
- *     cuda_bench [--quick] [--variants] NAME...      NAME: ceiling copy attend table rows codec spill
+ *     cuda_bench [--quick] [--variants] NAME...      NAME: copy attend more codec spill; by name alone: sweep trace
  *
  * One JSON object a line: {"name", "us", "bytes"} and what else there is to say.  Attention
  * is timed cold: sets of pages are rotated until they are more than twice the L2 cache, each
@@ -467,6 +467,21 @@ static const struct problem others[] = {
     {"kivi2", 1, 8192, 4, 128, 1},
 };
 
+/* How attention grows: every length, batch, group and head_dim, as far as memory goes. */
+static void bench_sweep() {
+    const double bytes_max = 24e9; /* of one set; there is room for it and for what it is made from */
+    for (int dim : {64, 128, 256})
+        for (int group : {1, 4, 8})
+            for (int batch : {1, 4, 16, 64})
+                for (int tokens = 2048; tokens <= 524288; tokens *= 2) {
+                    const struct problem p = {"kivi2", batch, tokens, group, dim, 1};
+                    if (problem_bytes(&p) <= bytes_max)
+                        bench_attend(&p, true, false);
+                    else
+                        fprintf(stderr, "left out: B=%d T=%d D=%d takes %.0f GB\n", batch, tokens, dim, problem_bytes(&p) * 1e-9);
+                }
+}
+
 int main(int argc, char **argv) {
     std::vector<std::string> names;
     for (int i = 1; i < argc; i++) {
@@ -497,6 +512,7 @@ int main(int argc, char **argv) {
         for (const struct problem &p : goals) bench_attend(&p, true, variants);
     if (wanted("more"))
         for (const struct problem &p : others) bench_attend(&p, true, false);
+    if (!names.empty() && wanted("sweep")) bench_sweep();
     if (wanted("trace"))
         for (const struct problem &p : {goals[0], others[11], goals[2]})
             for (int v : {0, 2, 4}) bench_trace(&p, &plain_variants[v]);
