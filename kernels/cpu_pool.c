@@ -446,9 +446,13 @@ static enum kv_status thread_start(struct pool *pool, struct thread *thread) {
     thread->pool = pool;
     thread->may_spin = pool->can_spin;
 
-    /* Signals are for the threads of the service that wait for them. */
+    /* Signals are for the threads of the service that wait for them; but a fault is the thread's own, and who
+     * has a handler for it (a sanitizer, a crash report) wants to see it. */
+    static const int faults[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
     sigset_t all, before;
     sigfillset(&all);
+    for (size_t i = 0; i < sizeof faults / sizeof faults[0]; i++)
+        sigdelset(&all, faults[i]);
     KV_CHECK(pthread_sigmask(SIG_SETMASK, &all, &before) == 0);
     int error = pthread_create(&thread->id, NULL, thread_main, thread);
     KV_CHECK(pthread_sigmask(SIG_SETMASK, &before, NULL) == 0);
