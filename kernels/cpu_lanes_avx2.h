@@ -402,6 +402,27 @@ KV_INLINE void v_store_quarters(uint8_t *const to[4], vi x) {
     _mm_storeu_si128((__m128i *)to[3], _mm256_extracti128_si256(x.b, 1));
 }
 
+/* The ways back: rows from where they lie, and rows to words. */
+KV_INLINE vi v_load_halves(const uint8_t *const from[2]) {
+    return (vi){_mm256_loadu_si256((const __m256i *)from[0]),
+                _mm256_loadu_si256((const __m256i *)from[1])};
+}
+KV_INLINE vi v_load_quarters(const uint8_t *const from[4]) {
+    return (vi){_mm256_loadu2_m128i((const __m128i *)from[1], (const __m128i *)from[0]),
+                _mm256_loadu2_m128i((const __m128i *)from[3], (const __m128i *)from[2])};
+}
+KV_INLINE vi v_words_32(vi rows) {
+    const __m256i order = _mm256_setr_epi32(0, 4, 2, 6, 1, 5, 3, 7);
+    __m256i a = _mm256_permutevar8x32_epi32(rows.a, order);
+    __m256i b = _mm256_permutevar8x32_epi32(rows.b, order);
+    return (vi){_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b)};
+}
+KV_INLINE vi v_words_16(vi rows) {
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    return (vi){_mm256_permutevar8x32_epi32(rows.a, order),
+                _mm256_permutevar8x32_epi32(rows.b, order)};
+}
+
 /* A unit of codes (page.h) turned, so that out[k] holds word k of each M-value, lane m = g + 8 r; word k is
  * the four K-values 4 k .. 4 k + 3. */
 KV_INLINE void v_turn_unit(const uint8_t *unit, uint32_t k, vi out[8]) {

@@ -412,6 +412,26 @@ KV_INLINE void v_store_quarters(uint8_t *const to[4], vi a) {
     _mm_storeu_si128((__m128i *)to[3], _mm512_extracti32x4_epi32(a, 3));
 }
 
+/* The ways back: rows from where they lie, and rows to words. */
+KV_INLINE vi v_load_halves(const uint8_t *const from[2]) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)from[0])),
+                              _mm256_loadu_si256((const __m256i *)from[1]), 1);
+}
+KV_INLINE vi v_load_quarters(const uint8_t *const from[4]) {
+    __m512i a = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)from[0]));
+    a         = _mm512_inserti32x4(a, _mm_loadu_si128((const __m128i *)from[1]), 1);
+    a         = _mm512_inserti32x4(a, _mm_loadu_si128((const __m128i *)from[2]), 2);
+    return _mm512_inserti32x4(a, _mm_loadu_si128((const __m128i *)from[3]), 3);
+}
+KV_INLINE vi v_words_32(vi rows) {
+    return _mm512_permutexvar_epi32(
+        _mm512_setr_epi32(0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15), rows);
+}
+KV_INLINE vi v_words_16(vi rows) {
+    return _mm512_permutexvar_epi32(
+        _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15), rows);
+}
+
 /* A unit of codes (page.h) turned, so that out[k] holds word k of each M-value, lane m = g + 8 r; word k is
  * the four K-values 4 k .. 4 k + 3.  Bits in brackets, the highest first: what a vector's or a lane's number
  * is made of. */

@@ -4,49 +4,70 @@
  *   keys     uint8 [128 tokens][stride]    K-values are slots
  *   values   uint8 [channel][stride]       K-values are tokens
  *
- * Four neighbouring K-values of a row are one 32-bit word, and a word of a unit is the `or` of the P
- * positions' words, shifted: no byte is touched alone.
+ * A unit's words are the `or` of its positions' rows, shifted, and put in order 64 bytes at a time.  Units of
+ * eight K-values, which only head_dim 96 has, are made word by word.
  */
 #ifndef KV_KERNELS_CPU_LANES_WORDS_H
 #define KV_KERNELS_CPU_LANES_WORDS_H
 
 #include "kernels/cpu.h"
+#include "kernels/cpu_lanes.h"
 
 /* Row of a tile to token within the tile (page.h). */
 static inline uint32_t words_token(uint32_t m) {
     return 4 * ((m & 7) >> 1) + 2 * (m >> 3) + (m & 1);
 }
 
-/* Where in a unit of k K-values word (m, quad) stands: quad is K-value / 4. */
-static inline uint32_t words_place(uint32_t k, uint32_t m, uint32_t quad) {
-    uint32_t g = m & 7, r = m >> 3, t = quad & 3, h = quad >> 2;
-    return k == 32   ? (4 * g + t) * 4 + 2 * h + r
-           : k == 16 ? (4 * g + t) * 2 + r
-                     : (2 * g + t) * 2 + r;
+/* 64 bytes of a unit of 32 K-values, its rows g and g + 8; at[] is how far they are from a tile's first. */
+KV_INLINE vi words_rows_32(uint8_t *const tiles[8], const uint32_t at[2], const uint32_t w) {
+    vi sum = v_zero_i();
+#pragma GCC unroll 8
+    for (uint32_t j = 8 / w; j-- > 0;)
+        sum = v_or(v_shl(sum, w),
+                   v_load_halves((const uint8_t *const[]){tiles[j] + at[0], tiles[j] + at[1]}));
+    return v_words_32(sum);
 }
 
-/* One unit and one row m of its tiles: rows[j] is where the row's codes of position j begin. */
-static inline void words_pack_row(uint32_t k, uint32_t w, uint32_t m, const uint8_t *const rows[8],
-                                  uint8_t *unit) {
-    for (uint32_t quad = 0; quad < k / 4; quad++) {
-        uint32_t word = 0, part;
-        for (uint32_t j = 0; j < 8 / w; j++) {
-            memcpy(&part, rows[j] + 4 * quad, 4);
-            word |= part << (w * j);
+/* Of a unit of 16: rows g, g + 8, g + 1 and g + 9. */
+KV_INLINE vi words_rows_16(uint8_t *const tiles[8], const uint32_t at[4], const uint32_t w) {
+    vi sum = v_zero_i();
+#pragma GCC unroll 8
+    for (uint32_t j = 8 / w; j-- > 0;)
+        sum = v_or(v_shl(sum, w),
+                   v_load_quarters((const uint8_t *const[]){tiles[j] + at[0], tiles[j] + at[1],
+                                                            tiles[j] + at[2], tiles[j] + at[3]}));
+    return v_words_16(sum);
+}
+
+/* A unit of 8: words (g t r), where t is K-value / 4. */
+KV_INLINE void words_unit_8(uint8_t *const tiles[8], const uint32_t *at, const uint32_t w,
+                            uint8_t *unit) {
+    for (uint32_t m = 0; m < 16; m++)
+        for (uint32_t t = 0; t < 2; t++) {
+            uint32_t word = 0, part;
+            for (uint32_t j = 0; j < 8 / w; j++) {
+                memcpy(&part, tiles[j] + at[m] + 4 * t, 4);
+                word |= part << (w * j);
+            }
+            memcpy(unit + 4 * ((2 * (m & 7) + t) * 2 + (m >> 3)), &word, 4);
         }
-        memcpy(unit + 4 * words_place(k, m, quad), &word, 4);
-    }
 }
 
-static inline __attribute__((always_inline)) void words_unit(uint32_t k, uint32_t w,
+static inline __attribute__((always_inline)) void words_unit(const uint32_t k, const uint32_t w,
                                                              uint8_t *unit, uint8_t *const tiles[8],
                                                              uint32_t stride, bool tokens) {
-    for (uint32_t m = 0; m < 16; m++) {
-        uint8_t *rows[8];
-        for (uint32_t j = 0; j < 8 / w; j++)
-            rows[j] = tiles[j] + (tokens ? words_token(m) : m) * stride;
-        words_pack_row(k, w, m, (const uint8_t *const *)rows, unit);
-    }
+    uint32_t at[16]; /* rows */
+    for (uint32_t m = 0; m < 16; m++)
+        at[m] = (tokens ? words_token(m) : m) * stride;
+    if (k == 32)
+        for (uint32_t g = 0; g < 8; g++)
+            v_store_i(unit + 64 * g, words_rows_32(tiles, (uint32_t[]){at[g], at[g + 8]}, w));
+    else if (k == 16)
+        for (uint32_t g = 0; g < 8; g += 2)
+            v_store_i(unit + 32 * g,
+                      words_rows_16(tiles, (uint32_t[]){at[g], at[g + 8], at[g + 1], at[g + 9]}, w));
+    else
+        words_unit_8(tiles, at, w, unit);
 }
 
 static inline __attribute__((always_inline)) void words_width(uint32_t k, uint32_t w,
