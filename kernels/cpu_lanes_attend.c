@@ -41,7 +41,7 @@
 #include <math.h>
 
 enum {
-    BLOCK       = 32,    /* query vectors at a time: what they need stays in the second cache */
+    BLOCK       = 64,    /* query vectors at a time: what they need stays in the second cache */
     DIGITS_MAX  = 32639, /* 127 * 256 + 127 */
     VECTORS_MAX = KV_ROWS_MAX * KV_GROUP_HEADS_MAX,
     AHEAD_STEP  = 7, /* lines of the next page asked for beside a step of four vectors */
@@ -109,7 +109,7 @@ KV_INLINE float digits(const float *x, uint32_t count, float most, bool fine, co
 }
 
 /* Digits of q s by slot of one vector, step, and what the digits make of sum q s top / 2, in steps. */
-KV_INLINE vf query_slots(struct work *work, uint32_t i, uint32_t D, bool identity, float most,
+KV_INLINE vf query_slots(struct work *work, uint32_t i, const uint32_t D, bool identity, float most,
                          const float *scaled) {
     const struct page_terms *terms = &work->terms;
     int8_t *to[DIGITS]             = {digit_row(work, i, 0), digit_row(work, i, 1),
@@ -126,7 +126,6 @@ KV_INLINE vf query_slots(struct work *work, uint32_t i, uint32_t D, bool identit
         v_permute_bytes(to[1], work->by_channel[1], terms->order, count, tables);
         if (fine) v_permute_bytes(to[2], work->by_channel[2], terms->order, count, tables);
     }
-    if (!fine) memset(to[2], 0, count);
     vi sum[DIGITS] = {v_zero_i(), v_zero_i(), v_zero_i()};
     for (uint32_t slot = 0; slot < D; slot += 64) {
         vi top = v_load_i(terms->key_top + slot);
@@ -140,7 +139,7 @@ KV_INLINE vf query_slots(struct work *work, uint32_t i, uint32_t D, bool identit
 
 /* q s of some vectors in one key group: digits, step, and the bias of every score of the group, which is
  * sum q (z + s top / 2) less what the digits make of sum q s top / 2. */
-KV_INLINE void query_digits(struct work *work, uint32_t group, uint32_t D, bool identity,
+KV_INLINE void query_digits(struct work *work, uint32_t group, const uint32_t D, bool identity,
                             const float *query, uint32_t i, const int vectors) {
     const struct page_terms *terms = &work->terms;
     vf greatest[4], total[4], bias[4];
@@ -299,16 +298,27 @@ static void span_softmax(const struct kv_cpu_attend *task, struct work *work,
 
 /* ---- packed pages --------------------------------------------------------------------- */
 
-static void span_query_digits(const struct kv_cpu_attend *task, struct work *work,
-                              const struct span *span, uint32_t group, bool identity) {
-    uint32_t D         = task->shape->head_dim, i = 0;
+KV_INLINE void span_query_digits_of(const struct kv_cpu_attend *task, struct work *work,
+                                    const struct span *span, uint32_t group, const bool identity,
+                                    const uint32_t D) {
     const float *query = task->query + (size_t)span->first * D;
+    uint32_t i         = 0;
     for (; i + 4 <= span->count; i += 4) {
         query_digits(work, group, D, identity, query + (size_t)i * D, i, 4);
         ahead_step(&work->ahead, AHEAD_STEP);
     }
     for (; i < span->count; i++)
         query_digits(work, group, D, identity, query + (size_t)i * D, i, 1);
+}
+
+/* head_dim as a constant where most models have it: loops of a few steps disappear. */
+static void span_query_digits(const struct kv_cpu_attend *task, struct work *work,
+                              const struct span *span, uint32_t group, bool identity) {
+    uint32_t D = task->shape->head_dim;
+    if (D == 128 && !identity)
+        span_query_digits_of(task, work, span, group, false, 128);
+    else
+        span_query_digits_of(task, work, span, group, identity, D);
 }
 
 static void span_weight_digits(struct work *work, const struct span *span, uint32_t group,
@@ -369,6 +379,12 @@ KV_INLINE void values_add(struct work *work, const struct product *of, uint32_t 
     }
 }
 
+/* Third digits of those vectors of a bundle, whose first one is i, that have two. */
+static void third_digits_clear(struct work *work, uint32_t i, uint32_t count, uint32_t D) {
+    for (uint32_t b = i; b < count && b < i + BUNDLE; b++)
+        if (!work->fine[b]) memset(digit_row(work, b, 2), 0, (D + 63) & ~63u);
+}
+
 /* The panel is made by the first block, behind its first digits: these are out of the store buffer by the
  * time the product, which may load them in other pieces than they were stored in, asks for them. */
 static void packed_scores(const struct kv_cpu_attend *task, struct work *work,
@@ -385,6 +401,7 @@ static void packed_scores(const struct kv_cpu_attend *task, struct work *work,
             struct product of = {.rows = rows};
             for (uint32_t b = i; b < span->count && b < i + BUNDLE; b++)
                 of.fine |= work->fine[b];
+            if (of.fine) third_digits_clear(work, i, span->count, shape->head_dim);
             for (uint32_t tile = group * tiles; tile < (group + 1) * tiles; tile += of.tiles) {
                 of.tiles = tiles_together((group + 1) * tiles - tile);
                 of.panel = work->panel[0] + tile * rows * KV_PANEL_ROW;
